@@ -1,0 +1,56 @@
+"""Errors and the reasons a slide can fail for. Promise: every refusal is one of these, with its remedy in the message."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a slide has no result; the word in `summary.csv`, events and `result.json`."""
+
+    MISSING = "missing"  # no such path
+    EMPTY = "empty_file"  # zero bytes
+    NOT_A_FILE = "not_a_file"  # a folder, pipe or device where a slide was expected
+    PERMISSION = "permission"  # the file may not be read
+    NOT_A_SLIDE = "not_a_slide"  # the content is no picture that any reader knows
+    TRUNCATED = "truncated"  # the file ends before its own pixels do
+    UNSUPPORTED = "unsupported"  # a slide, but of a kind no reader here decodes
+    NO_MPP = "no_mpp"  # the file names no resolution
+    BAD_MPP = "bad_mpp"  # the resolution is absurd, anisotropic or contradicts --slide-mpp
+    READ_ERROR = "read_error"  # pixels could not be read although the slide opened
+    BAD_SCORES = "bad_scores"  # the model answered with NaN or infinity
+    MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
+    CHANGED = "changed"  # the file is not the one its unfinished work was computed from
+    CRASHED = "crashed"  # the worker process died on this slide, twice
+    INTERNAL = "internal"  # a bug in this program
+
+
+class PathologyError(Exception):
+    """Base of all errors raised on purpose. The message says what, the value, and the remedy, in one line."""
+
+
+class UsageError(PathologyError, ValueError):
+    """The request makes no sense as stated: an option, a slide list, a refusal to mix results (exit code 2)."""
+
+
+class ModelError(PathologyError, ValueError):
+    """A model that cannot be loaded, is not trusted, or does not do what its card says (exit code 2)."""
+
+
+class EnvironmentFault(PathologyError, RuntimeError):
+    """The machine, not a slide, is at fault: output, disk, device, share (exit code 3). Fails no slide."""
+
+
+class SlideError(PathologyError, OSError):
+    """One slide cannot be read or finished; carries the typed `reason`.
+
+    The arguments are (reason, message), so that the error survives pickling between processes.
+    """
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -1,0 +1,109 @@
+"""One slide, one model: the request as names and numbers. Promise: picklable, hashable, and all a worker needs to begin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pathology.errors import UsageError
+from pathology.stitch import Blend
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to compute, where to, and how.
+
+    slide        path of the slide
+    slide_id     name of its folder in the output
+    root         the folder or file that the user named, through which the slide was found
+    model        reference for `load_model`
+    out          output folder
+    slide_mpp    um per level-0 px that overrides the file's own; `force` allows one that contradicts the file
+    overlap      0: none; below 1: share of the tile; 1 and above: grid px
+    min_tissue   share of a tile that must be tissue, 0..1
+    tissue       how tissue is found
+    blend        weights where dense answers overlap
+    block        strides a side of a region; None: as the plan sees fit
+    device       "cpu", "cuda", "cuda:N", "mps"
+    batch_size   tiles per model call; part of what decides the last bits
+    threads      torch threads of a process; likewise
+    readers      threads that read tiles in a process
+    exports      extra files: "csv", "qupath", "png"
+    overwrite    replace results that were made from other inputs or parameters
+    strict       refuse to finish a slide whose regions come from different environments
+    """
+
+    slide: str
+    slide_id: str
+    root: str
+    model: str
+    out: str
+    slide_mpp: float | None = None
+    force: bool = False
+    overlap: float = 0.0
+    min_tissue: float = 0.1
+    tissue: Literal["otsu", "none"] = "otsu"
+    blend: Blend = "hann"
+    block: int | None = None
+    device: str = "cpu"
+    batch_size: int = 32
+    threads: int = 1
+    readers: int = 2
+    exports: tuple[str, ...] = ()
+    overwrite: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch size {self.batch_size}: use 1 or more")
+        if self.readers < 1:
+            raise UsageError(f"{self.readers} reader threads: use 1 or more")
+
+    def stride_px(self, tile_px: int) -> int:
+        """Grid px between neighbouring tiles for this overlap."""
+        overlap = self.overlap if self.overlap >= 1 else self.overlap * tile_px
+        stride = tile_px - round(overlap)
+        if not 1 <= stride <= tile_px:
+            raise UsageError(
+                f"overlap {self.overlap:g} does not fit a tile of {tile_px} px; "
+                f"use a share below 1 or a number of pixels below {tile_px}"
+            )
+        return stride
+
+    @property
+    def slide_folder(self) -> Path:
+        return Path(self.out) / "slides" / self.slide_id
+
+
+def key_of(fields: Mapping[str, Any]) -> str:
+    """sha256 hex of what decides a result's values: equal key, equal values."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def key_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The fields in which two keys differ, for people: "min_tissue 0.1 -> 0.5, ..."."""
+    names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
+    return ", ".join(f"{n} {_short(old.get(n))} -> {_short(new.get(n))}" for n in names)
+
+
+def slug(text: str) -> str:
+    """`text` as a name that every file system takes: letters, digits, `.`, `_`, `-`, at most 60."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:60] or "x"
+
+
+def slide_id(relative: str) -> str:
+    """Slug of the stem and 8 hex digits of the path below the folder that was given: equal stems stay apart."""
+    digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{slug(Path(relative).stem)}-{digest}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12] + "..."

@@ -1,0 +1,99 @@
+"""What a model is to the rest: a frozen description and a function from uint8 tiles to scores.
+
+Promise: everything that decides how tiles are cut for a model is in its `ModelSpec`, readable without loading weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRule:
+    """How a tile's pixels are taken from the slide before the model sees them.
+
+    level     "best": the coarsest level still at least as fine as the model's mpp; "0": always level 0
+    margin    True: pixels just outside the tile take part in the resize (no seams between neighbours);
+              False: the tile is cut out first, then resized alone, as torchvision-style transforms do
+    filter    "area": exact area mean at whole-number ratios, antialiased bilinear elsewhere;
+              "bilinear", "bicubic": Pillow's antialiased filters
+    """
+
+    level: Literal["best", "0"] = "best"
+    margin: bool = True
+    filter: Literal["area", "bilinear", "bicubic"] = "area"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model's card: names and numbers only.
+
+    name         the folder its results go to; letters, digits, `-`, `_`, `.`
+    sha256       hex digest of what decides its answers (weights, or source for a built-in)
+    classes      one name per output channel
+    mpp          um per pixel of the grid on which `tile_px` and strides are counted
+    tile_px      side of a tile in pixels at `mpp`
+    input_px     side of the array the model is given, in pixels (= tile_px unless the model resizes)
+    output_px    side of its answer per tile: 1 for a tile classifier, up to tile_px for a dense map
+    scores       "probability" (0..1, columns `prob_<class>`) or "value" (any number, columns `<class>`)
+    units        of a value, for people ("nuclei per mm2"); "" for probabilities
+    threshold    a class counts as present at or above this score, one number per class
+    colors       "#rrggbb" per class for viewers
+    display      (low, high) score range of colour scales
+    read         how pixels are taken from the slide
+    """
+
+    name: str
+    sha256: str
+    classes: tuple[str, ...]
+    mpp: float
+    tile_px: int
+    input_px: int
+    output_px: int = 1
+    scores: Literal["probability", "value"] = "probability"
+    units: str = ""
+    threshold: tuple[float, ...] = ()
+    colors: tuple[str, ...] = ()
+    display: tuple[float, float] = (0.0, 1.0)
+    read: ReadRule = ReadRule()
+
+    def __post_init__(self) -> None:
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ModelError(f"model {self.name}: classes {self.classes} must be one or more different names")
+        if not 0.05 <= self.mpp <= 100:
+            raise ModelError(f"model {self.name}: mpp {self.mpp} um/px is outside 0.05..100; correct it in the model's card")
+        if self.tile_px < 1 or self.input_px < 1 or not 1 <= self.output_px <= max(self.tile_px, self.input_px):
+            raise ModelError(
+                f"model {self.name}: tile {self.tile_px}, input {self.input_px}, output {self.output_px} px do not fit; "
+                "all must be at least 1 and the output no larger than the tile"
+            )
+        for field in ("threshold", "colors"):
+            values = getattr(self, field)
+            if values and len(values) != len(self.classes):
+                raise ModelError(
+                    f"model {self.name}: {len(values)} values in {field} for {len(self.classes)} classes; give one each"
+                )
+        if not self.threshold:
+            object.__setattr__(self, "threshold", (0.5,) * len(self.classes))
+
+    def columns(self) -> tuple[str, ...]:
+        """One table column per class: `prob_<class>` for probabilities, `<class>` otherwise."""
+        return tuple(f"prob_{c}" if self.scores == "probability" else c for c in self.classes)
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Loaded and ready on its device. Called from one thread of a process at a time."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores, activation applied."""
+        ...

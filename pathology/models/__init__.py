@@ -1,0 +1,86 @@
+"""From a model's reference to a model. Promise: a card (`load_spec`) costs no import of torch, except by a user's own factory.
+
+A reference is, in this order: a built-in's name, a name in the local registry, a WSInfer model folder, or a Python factory
+`package.module:factory`. Built-ins and factories take arguments: `nuclei-density?tile_px=224`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pathology.errors import ModelError
+from pathology.model import Model, ModelSpec
+from pathology.models import nuclei, python, wsinfer
+from pathology.models.refs import call, parse_ref
+from pathology.models.trust import Entry, entries, trust_file
+
+__all__ = ["add_model", "known_models", "load_model", "load_spec"]
+
+
+def load_model(ref: str, device: str = "cpu") -> Model:
+    """The model that `ref` names, ready on `device` ("cpu", "cuda", "cuda:N", "mps"). ModelError where it cannot be."""
+    if device.startswith("cuda"):
+        from pathology.device import set_exact
+
+        set_exact()
+    if folder := _folder(ref):
+        return wsinfer.load(folder, device)
+    name, arguments = parse_ref(ref)
+    if name == nuclei.NAME:
+        return call(name, nuclei.NucleiDensity, arguments, device)
+    return python.load(name, arguments, device)
+
+
+def load_spec(ref: str) -> ModelSpec:
+    """The card of the model that `ref` names, without loading weights. ModelError as for `load_model`, trust included."""
+    if folder := _folder(ref):
+        return wsinfer.load_spec(folder)
+    name, arguments = parse_ref(ref)
+    if name == nuclei.NAME:
+        return call(name, nuclei.spec, arguments, "cpu")
+    return python.load(name, arguments, "cpu").spec
+
+
+def add_model(path: str | Path, trust: str | None = None, name: str | None = None) -> Entry:
+    """Check the WSInfer folder at `path` and register it, so that it may be loaded by name or path.
+
+    Its weights run code when loaded: `trust` must be their sha256. Without it, or with another, ModelError tells
+    the actual one. `name` is the folder's name unless given.
+    """
+    folder = Path(path).expanduser()
+    if (name or folder.resolve().name) == nuclei.NAME:
+        raise ModelError(f"{nuclei.NAME} is built in; add {folder} under another name")
+    wsinfer.read_card(folder)
+    if not (folder / wsinfer.WEIGHTS).is_file():
+        raise ModelError(f"{folder} has no {wsinfer.WEIGHTS}; fetch the whole model folder")
+    return trust_file(folder / wsinfer.WEIGHTS, "wsinfer", trust, name)
+
+
+def known_models() -> list[Entry]:
+    """The built-in models, then the registered ones by name."""
+    return [Entry(nuclei.NAME, "", nuclei.spec().sha256, "built-in"), *entries()]
+
+
+def _folder(ref: str) -> Path | None:
+    """The WSInfer folder that `ref` names or is; None for a built-in or a factory. ModelError where it is nothing known."""
+    name = ref.partition("?")[0]
+    if name == nuclei.NAME:
+        return None
+    registered = {e.name: Path(e.path) for e in entries()}
+    if ref in registered:
+        if not registered[ref].is_dir():
+            raise ModelError(f"model {ref} was in {registered[ref]}, which is gone; bring it back or add the model again")
+        return registered[ref]
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    if name in registered or Path(name).expanduser().is_dir():
+        raise ModelError(f"model {ref}: a model folder takes no arguments; leave out everything from the question mark")
+    if path.exists():
+        raise ModelError(f"model {ref} is a file; name the folder that holds {wsinfer.CONFIG} and {wsinfer.WEIGHTS}")
+    if not python.is_factory(name):
+        known = ", ".join([nuclei.NAME, *registered])
+        raise ModelError(
+            f"model {ref} is not known; known are {known}; or name a model folder, or a factory as package.module:factory"
+        )
+    return None

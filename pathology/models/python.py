@@ -1,0 +1,86 @@
+"""Models made by Python code: `package.module:factory?key=value`, an importable callable that returns a Model.
+
+Promise: the model's sha256 changes with the source of the factory's module, with the arguments, and with the sha256 that
+the factory itself states (of its weights, say). Modules that the factory imports are not looked into.
+
+A factory that has a parameter `device` is given the chosen device. It is called for `load_spec` too, with "cpu".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.errors import ModelError, PathologyError
+from pathology.model import Model, ModelSpec
+from pathology.models.refs import Argument, call
+
+
+@dataclass(frozen=True, slots=True)
+class PythonModel:
+    """A factory's model, `inner`, under a card whose sha256 also covers source and arguments."""
+
+    spec: ModelSpec
+    inner: Model
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.inner(tiles)
+
+
+def is_factory(name: str) -> bool:
+    """Whether `name` has the form `package.module:factory`."""
+    return re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name) is not None
+
+
+def load(name: str, arguments: Mapping[str, Argument], device: str) -> PythonModel:
+    """The model that the factory `name` makes. ModelError where it cannot be imported or called, or makes no Model."""
+    factory = _import(name)
+    try:
+        model = call(name, factory, arguments, device)
+    except PathologyError:
+        raise
+    except Exception as error:  # foreign code: whatever it raises, the model is at fault
+        raise ModelError(
+            f"model {name}: its factory failed with {type(error).__name__}: {error}; correct it or its arguments"
+        ) from error
+    if not isinstance(model, Model) or not isinstance(model.spec, ModelSpec):
+        raise ModelError(
+            f"model {name}: its factory made a {type(model).__name__}, which is no pathology.model.Model; "
+            "return an object with `spec` (a ModelSpec) and a call from uint8 tiles to float32 scores"
+        )
+    return PythonModel(replace(model.spec, sha256=_sha256(name, factory, arguments, model.spec.sha256)), model)
+
+
+def _import(name: str) -> Callable[..., object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module runs when imported, and may raise anything
+        raise ModelError(
+            f"model {name}: {module_name} cannot be imported: {error}; install its package where this program runs"
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ModelError(f"model {name}: {module_name} has no callable {attribute}; name a function that returns a Model")
+    found: Callable[..., object] = factory
+    return found
+
+
+def _sha256(name: str, factory: Callable[..., object], arguments: Mapping[str, Argument], stated: str) -> str:
+    modules = {name.partition(":")[0], getattr(factory, "__module__", None) or ""} - {""}
+    digest = hashlib.sha256(json.dumps([name, sorted(arguments.items()), stated]).encode())
+    for module in sorted(modules):
+        loaded = importlib.import_module(module)
+        source = inspect.getsourcefile(loaded) or getattr(loaded, "__file__", None)
+        if source is not None:
+            digest.update(Path(source).read_bytes())
+    return digest.hexdigest()

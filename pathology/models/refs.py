@@ -1,0 +1,54 @@
+"""References to models as users write them. Promise: what a reference says is used in full, or refused with what would be."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+from urllib.parse import parse_qsl
+
+from pathology.errors import ModelError
+
+Argument = int | float | str
+T = TypeVar("T")
+
+
+def parse_ref(ref: str) -> tuple[str, dict[str, Argument]]:
+    """`name?key=value&...` -> (name, {key: value}); what looks like a number becomes one. Raises ModelError."""
+    name, mark, query = ref.partition("?")
+    if not mark:
+        return name, {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    except ValueError:
+        pairs = []
+    if not pairs:
+        raise ModelError(f"model {ref}: {query!r} are no arguments; write {name}?key=value&key=value")
+    arguments = {key: _number_or_text(value) for key, value in pairs}
+    if len(arguments) < len(pairs):
+        raise ModelError(f"model {ref}: an argument is given twice; give each once")
+    return name, arguments
+
+
+def call(name: str, function: Callable[..., T], arguments: Mapping[str, Argument], device: str) -> T:
+    """`function` called with `arguments`, and with `device` if it takes one. ModelError where they do not fit."""
+    signature = inspect.signature(function)
+    known = [p for p in signature.parameters if p != "device"]
+    takes = f"it takes {', '.join(known)}" if known else "it takes none"
+    if "device" in arguments:
+        raise ModelError(f"model {name}: the device is no argument of a model; choose it with --device")
+    given = {**arguments, "device": device} if "device" in signature.parameters else dict(arguments)
+    try:
+        bound = signature.bind(**given)
+    except TypeError as error:
+        raise ModelError(f"model {name}: {error}; {takes}") from error
+    return function(*bound.args, **bound.kwargs)
+
+
+def _number_or_text(text: str) -> Argument:
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)
+    return text

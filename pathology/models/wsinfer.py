@@ -1,0 +1,214 @@
+"""WSInfer model folders, unchanged: `config.json` beside `torchscript_model.pt`.
+
+Promise: the same numbers as WSInfer's own order of work. A tile is cut out of level 0, resized alone (torchvision's
+Resize on a PIL image: bilinear, antialiased), divided by 255, normalised; softmax over two and more classes, sigmoid for
+one. Without a Resize the tile is resized to `patch_size_pixels`, where WSInfer would give the network whatever size the
+slide's resolution makes of it. Weights are loaded from the very bytes whose sha256 was found trusted.
+
+Format: https://github.com/SBU-BMI/wsinfer-zoo (model-config.schema.json, spec_version 1.0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.errors import ModelError
+from pathology.model import ModelSpec, ReadRule
+from pathology.models.trust import require_trust
+
+CONFIG, WEIGHTS = "config.json", "torchscript_model.pt"
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a valid `config.json` says. `sha256` is that of its bytes; `mean` and `std` are per channel of 0..1 colours."""
+
+    sha256: str
+    classes: tuple[str, ...]
+    tile_px: int
+    mpp: float
+    input_px: int
+    mean: Colour
+    std: Colour
+
+
+class WSInferModel:
+    """A loaded WSInfer model on one device, float32."""
+
+    def __init__(self, spec: ModelSpec, card: Card, weights: bytes, device: str) -> None:
+        import torch
+
+        self.spec = spec
+        self._device = torch.device(device)
+        try:
+            with warnings.catch_warnings():
+                # The zoo ships TorchScript and nothing else: that torch would rather see another format helps no one here.
+                warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+                network = torch.jit.load(io.BytesIO(weights), map_location=self._device)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ModelError(
+                f"model {spec.name}: torch cannot load {WEIGHTS} ({str(error).strip().splitlines()[0]}); fetch the file again"
+            ) from error
+        self._network = network.eval()
+        self._shift = 255 * torch.tensor(card.mean, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
+        self._scale = 255 * torch.tensor(card.std, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, 1, 1) float32 probabilities."""
+        import torch
+
+        # Without the optimizer: it rewrites the network after its first calls, and the same tile would get other last bits.
+        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            # Seen as (B, 3, H, W) the NHWC batch is channels_last as it is; making it contiguous would only cost a copy.
+            batch = torch.from_numpy(tiles).to(self._device).permute(0, 3, 1, 2)
+            logits = self._network(batch.to(torch.float32).sub_(self._shift).div_(self._scale))
+            if not isinstance(logits, torch.Tensor) or logits.shape != (len(tiles), len(self.spec.classes)):
+                got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+                raise ModelError(
+                    f"model {self.spec.name} answered {got} for {len(tiles)} tiles, but {CONFIG} names "
+                    f"{len(self.spec.classes)} classes; correct num_classes and class_names"
+                )
+            logits = logits.to(torch.float32)
+            scores = logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
+            answer: NDArray[np.float32] = scores.cpu().numpy()[:, :, None, None]
+            return answer
+
+
+def load(folder: Path, device: str) -> WSInferModel:
+    """The model in `folder`, ready on `device`. ModelError where it is not trusted, not valid or not loadable."""
+    card, weights = read_card(folder), _read(folder / WEIGHTS)
+    return WSInferModel(_trusted_spec(folder, card, hashlib.sha256(weights).hexdigest()), card, weights, device)
+
+
+def load_spec(folder: Path) -> ModelSpec:
+    """The card of the model in `folder`; hashes the weights but does not load them. ModelError as for `load`."""
+    return _trusted_spec(folder, read_card(folder), hashlib.sha256(_read(folder / WEIGHTS)).hexdigest())
+
+
+def read_card(folder: Path) -> Card:
+    """The checked content of `folder`'s config.json. ModelError names what is wrong and what is expected."""
+    raw = _read(folder / CONFIG)
+    try:
+        config = json.loads(raw)
+    except ValueError as error:
+        raise _wrong(folder, "it is no JSON", "fetch it again") from error
+    if not isinstance(config, dict):
+        raise _wrong(folder, "it is no JSON object", "fetch it again")
+    for key in (
+        "spec_version",
+        "architecture",
+        "num_classes",
+        "patch_size_pixels",
+        "spacing_um_px",
+        "class_names",
+        "transform",
+    ):
+        if key not in config:
+            raise _wrong(folder, f"{key} is missing", "add it")
+    if config["spec_version"] != "1.0":
+        raise _wrong(folder, f"spec_version is {config['spec_version']!r}", 'only "1.0" is known')
+    count, names, tile_px, mpp = (config[k] for k in ("num_classes", "class_names", "patch_size_pixels", "spacing_um_px"))
+    if not _is_count(count):
+        raise _wrong(folder, f"num_classes is {count!r}", "give a whole number from 1")
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or len(set(names)) != len(names):
+        raise _wrong(folder, f"class_names is {names!r}", "give a list of different names")
+    if len(names) != count:
+        raise _wrong(folder, f"class_names has {len(names)} names but num_classes is {count}", "make them agree")
+    if not _is_count(tile_px):
+        raise _wrong(folder, f"patch_size_pixels is {tile_px!r}", "give a whole number from 1")
+    if not _is_number(mpp) or not 0.05 <= mpp <= 100:
+        raise _wrong(folder, f"spacing_um_px is {mpp!r}", "give um per pixel, from 0.05 to 100")
+    input_px, mean, std = _read_transform(folder, config["transform"], tile_px)
+    return Card(hashlib.sha256(raw).hexdigest(), tuple(names), tile_px, float(mpp), input_px, mean, std)
+
+
+def _read_transform(folder: Path, steps: Any, tile_px: int) -> tuple[int, Colour, Colour]:
+    """(side given to the network, mean, std) of a transform [Resize,] ToTensor [, Normalize]."""
+    if not isinstance(steps, list) or not all(
+        isinstance(s, dict) and {"name"} <= s.keys() <= {"name", "arguments"} and isinstance(s.get("arguments") or {}, dict)
+        for s in steps
+    ):
+        raise _wrong(folder, "transform is not understood", 'give a list of {"name": ..., "arguments": {...}}')
+    order = [step["name"] for step in steps]
+    if order not in (["ToTensor"], ["Resize", "ToTensor"], ["ToTensor", "Normalize"], ["Resize", "ToTensor", "Normalize"]):
+        raise _wrong(
+            folder, f"transform is {order}", "only Resize, ToTensor, Normalize in this order are known, ToTensor among them"
+        )
+    arguments = {step["name"]: step.get("arguments") or {} for step in steps}
+    if arguments["ToTensor"]:
+        raise _wrong(folder, f"ToTensor has arguments {sorted(arguments['ToTensor'])}", "it takes none")
+    input_px = _read_side(folder, arguments["Resize"]) if "Resize" in arguments else tile_px
+    if "Normalize" not in arguments:
+        return input_px, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if arguments["Normalize"].keys() != {"mean", "std"}:
+        raise _wrong(folder, f"Normalize has arguments {sorted(arguments['Normalize'])}", "give mean and std")
+    mean, std = arguments["Normalize"]["mean"], arguments["Normalize"]["std"]
+    for name, values in (("mean", mean), ("std", std)):
+        if (
+            not isinstance(values, list)
+            or len(values) != 3
+            or not all(_is_number(v) and (name == "mean" or v > 0) for v in values)
+        ):
+            raise _wrong(
+                folder, f"Normalize's {name} is {values!r}", f"give three {'numbers' if name == 'mean' else 'numbers above 0'}"
+            )
+    return input_px, (float(mean[0]), float(mean[1]), float(mean[2])), (float(std[0]), float(std[1]), float(std[2]))
+
+
+def _read_side(folder: Path, arguments: dict[str, Any]) -> int:
+    # On a PIL image torchvision always antialiases, whatever `antialias` says.
+    if not {"size"} <= arguments.keys() <= {"size", "antialias"}:
+        raise _wrong(
+            folder, f"Resize has arguments {sorted(arguments)}", "only size, and antialias which changes nothing, are known"
+        )
+    size = arguments["size"]
+    sides = size if isinstance(size, list) else [size]
+    if not 1 <= len(sides) <= 2 or not all(_is_count(s) for s in sides) or len(set(sides)) != 1:
+        raise _wrong(folder, f"Resize's size is {size!r}", "give one side, or two equal ones")
+    return int(sides[0])
+
+
+def _trusted_spec(folder: Path, card: Card, weights_sha256: str) -> ModelSpec:
+    entry = require_trust(folder / WEIGHTS, weights_sha256)
+    return ModelSpec(
+        name=entry.name,
+        # The configuration decides answers as much as the weights do: normalisation, sizes, order of classes.
+        sha256=hashlib.sha256(f"{weights_sha256} {card.sha256}".encode()).hexdigest(),
+        classes=card.classes,
+        mpp=card.mpp,
+        tile_px=card.tile_px,
+        input_px=card.input_px,
+        read=ReadRule(level="0", margin=False, filter="bilinear"),
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"{path.name} in {path.parent} cannot be read ({error.strerror}); "
+            f"a WSInfer model is a folder with {CONFIG} and {WEIGHTS}"
+        ) from error
+
+
+def _wrong(folder: Path, what: str, remedy: str) -> ModelError:
+    return ModelError(f"{CONFIG} in {folder}: {what}; {remedy}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -1,0 +1,98 @@
+"""Whether a slide is still the same one. Promise: decided by sizes and sampled content, never by names of slides or by times.
+
+A sample finds another scan, another export and a cut file; a flipped bit between the samples it does not find.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from pathology.readers.inspect import DICOM_MAGIC_AT, Kind, SlideFile, inspect_file, mirax_folder, no_access
+
+ENDS_BYTES = 256 * 1024
+BLOCKS, BLOCK_BYTES = 64, 4096
+DICOM_HEAD_BYTES = 64 * 1024
+SERIES_UID, INSTANCE_UID = b"\x20\x00\x0e\x00", b"\x08\x00\x18\x00"  # tags (0020,000E) and (0008,0018), little endian
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """64 hex digits: sha256 over each file of the slide: its size, first and last 256 KiB and 64 evenly spaced 4-KiB blocks.
+
+    Most slides are one file. MIRAX: every file of its folder, with its name. VMS: the index and the files it names. DICOM: the
+    sorted instance UIDs and sizes of the files of its series in the same folder, so that any of them gives the same answer.
+    Raises SlideError as `open_slide` does where the path is no readable slide.
+    """
+    return fingerprint_file(inspect_file(Path(path)))
+
+
+def fingerprint_file(file: SlideFile) -> str:
+    """`fingerprint` of a file that was inspected."""
+    try:
+        return _fingerprint(file.path, file.kind)
+    except OSError as error:
+        raise no_access(file.name, error) from error
+
+
+def _fingerprint(path: Path, kind: Kind) -> str:
+    total = hashlib.sha256()
+    if kind is Kind.MIRAX:
+        _add_named(total, [file for file in mirax_folder(path).iterdir() if file.is_file()])
+    elif kind is Kind.VMS:
+        index = path.read_bytes()
+        total.update(index)
+        _add_named(total, [file for file in path.parent.iterdir() if os.fsencode(file.name) in index and file.is_file()])
+    elif kind is Kind.DICOM and (instances := _series(path)):
+        for uid, size in instances:
+            total.update(uid + b"\0%d\0" % size)
+    else:
+        total.update(_sample(path))
+    return total.hexdigest()
+
+
+def _add_named(total: hashlib._Hash, files: list[Path]) -> None:
+    for file in sorted(files):
+        total.update(os.fsencode(file.name) + b"\0" + _sample(file))
+
+
+def _sample(path: Path) -> bytes:
+    """sha256 over a file's size and samples."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(b"%d\0" % size)
+        last = max(0, size - BLOCK_BYTES)
+        spans = [(0, ENDS_BYTES), (max(0, size - ENDS_BYTES), ENDS_BYTES)]
+        spans += [(last * i // (BLOCKS - 1), BLOCK_BYTES) for i in range(BLOCKS)]
+        for at, count in spans:
+            digest.update(os.pread(file.fileno(), count, at))
+    return digest.digest()
+
+
+def _series(path: Path) -> list[tuple[bytes, int]]:
+    """Sorted (instance UID, size) of the DICOM files beside `path` that share its series; [] where it states no UIDs."""
+    series, instance = _uids(path)
+    if not (series and instance):
+        return []
+    beside = ((file, *_uids(file)) for file in path.parent.iterdir() if file.is_file())
+    return sorted((uid, file.stat().st_size) for file, of, uid in beside if of == series)
+
+
+def _uids(path: Path) -> tuple[bytes, bytes]:
+    """(series UID, instance UID) of a DICOM file, b"" where it has none among its first 64 KiB."""
+    with path.open("rb") as file:
+        head = file.read(DICOM_HEAD_BYTES)
+    if not head[DICOM_MAGIC_AT:].startswith(b"DICM"):
+        return b"", b""
+    return _element(head, SERIES_UID), _element(head, INSTANCE_UID)
+
+
+def _element(head: bytes, tag: bytes) -> bytes:
+    """The value of a UID element, of explicit or implicit type."""
+    at = head.find(tag, DICOM_MAGIC_AT)
+    if at < 0:
+        return b""
+    explicit = head[at + 4 : at + 6] == b"UI"
+    length = int.from_bytes(head[at + 6 : at + 8] if explicit else head[at + 4 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].rstrip(b"\0 ") if length <= 64 else b""

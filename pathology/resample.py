@@ -1,0 +1,95 @@
+"""From level pixels to model pixels: which window to read for a tile, and one resize in C.
+
+Promise: a tile's pixels are a function of the slide and the tile's position alone, because every tile is resized from
+its own window. (Resizing a larger picture and cutting it up gives other bits: Pillow's box loses precision with the
+distance from the picture's corner.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pathology.geometry import Box
+from pathology.model import ReadRule
+
+if TYPE_CHECKING:
+    from pathology.slide import SlideInfo
+
+# A level up to this much coarser than asked for still counts as fine enough: level sizes are whole pixels, so a 4x level
+# of an odd-sized slide is a hair off 4.
+LEVEL_TOLERANCE = 1.01
+
+# Radius of Pillow's filters in output pixels (times the scale when shrinking).
+FILTER_RADIUS = {Image.Resampling.BOX: 0.5, Image.Resampling.BILINEAR: 1.0, Image.Resampling.BICUBIC: 2.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What to read for one tile: `box` in pixels of `level`, and the tile inside it.
+
+    crop    (y0, x0, y1, x1) of the tile relative to the box's corner, in level px, not rounded
+    shape   (height, width) to resize the crop to
+    filter  Pillow's resampling filter
+    """
+
+    level: int
+    box: Box
+    crop: tuple[float, float, float, float]
+    shape: tuple[int, int]
+    filter: Image.Resampling
+
+
+def tile_window(
+    info: SlideInfo, l0_origin: tuple[float, float], l0_size: tuple[float, float], shape: tuple[int, int], rule: ReadRule
+) -> Window:
+    """The window for a tile whose corner is `l0_origin` (y, x) and whose sides are `l0_size`, both level-0 px, unrounded."""
+    ratio = max(l0_size[0] / shape[0], l0_size[1] / shape[1])
+    level = 0 if rule.level == "0" else level_for(info.level_downsamples, min(l0_size[0] / shape[0], l0_size[1] / shape[1]))
+    downsample = info.level_downsamples[level]
+    y0, x0 = l0_origin[0] / downsample, l0_origin[1] / downsample
+    y1, x1 = (l0_origin[0] + l0_size[0]) / downsample, (l0_origin[1] + l0_size[1]) / downsample
+    scale = ratio / downsample
+    filter = _filter(rule, scale, (y0, x0))
+    margin = math.ceil(FILTER_RADIUS[filter] * max(scale, 1.0)) if rule.margin and not _whole(filter, scale, (y0, x0)) else 0
+    top, left = math.floor(y0) - margin, math.floor(x0) - margin
+    box = Box(top, left, math.ceil(y1) + margin - top, math.ceil(x1) + margin - left)
+    return Window(level, box, (y0 - top, x0 - left, y1 - top, x1 - left), shape, filter)
+
+
+def level_for(downsamples: tuple[float, ...], ratio: float) -> int:
+    """The coarsest level that is still as fine as `ratio` level-0 px per wanted px; level 0 if none is."""
+    fitting = [i for i, d in enumerate(downsamples) if d <= ratio * LEVEL_TOLERANCE]
+    return max(fitting, key=lambda i: downsamples[i], default=0)
+
+
+def resize(pixels: NDArray[np.uint8], window: Window) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 pixels of `window.box` -> (height, width, 3) uint8, one resize."""
+    y0, x0, y1, x1 = window.crop
+    if (y1 - y0, x1 - x0) == window.shape and y0.is_integer() and x0.is_integer():
+        return pixels[int(y0) : int(y1), int(x0) : int(x1)]  # scale 1 on whole pixels: nothing to interpolate
+    image = Image.fromarray(pixels).resize(window.shape[::-1], window.filter, box=(x0, y0, x1, y1))
+    return np.asarray(image)
+
+
+def _filter(rule: ReadRule, scale: float, origin: tuple[float, float]) -> Image.Resampling:
+    if rule.filter == "bicubic":
+        return Image.Resampling.BICUBIC
+    if rule.filter == "area" and scale > 1 and _on_raster(scale, origin):
+        return Image.Resampling.BOX
+    return Image.Resampling.BILINEAR
+
+
+def _on_raster(scale: float, origin: tuple[float, float]) -> bool:
+    """Whether every output pixel covers whole level pixels, so that a box filter is the exact area mean."""
+    return all(float(v).is_integer() for v in (scale, *origin))
+
+
+def _whole(filter: Image.Resampling, scale: float, origin: tuple[float, float]) -> bool:
+    """Whether no pixel outside the tile can take part: exact area mean, or scale 1 on whole pixels."""
+    return (filter is Image.Resampling.BOX or scale == 1) and _on_raster(scale, origin)

@@ -1,0 +1,147 @@
+"""A slide: facts that decide planning (`SlideInfo`) and one door to pixels (`Slide`), whatever library reads the file.
+
+Promise: `read` gives RGB of any box of any level, white outside the scan, from any number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.errors import UsageError
+from pathology.geometry import Box, mpp_ratio
+from pathology.model import ReadRule
+from pathology.resample import resize, tile_window
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+WHITE = 255
+DEFAULT_RULE = ReadRule()
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInfo:
+    """What is known of a slide without reading pixels.
+
+    shape              (height, width) of level 0 in px
+    level_shapes       (height, width) per level
+    level_downsamples  level-0 px per level px; a whole number k where the level's size is level 0's over k, rounded
+    mpp                um per level-0 px, mean of y and x (they differ by at most 5 %)
+    mpp_source         where mpp came from: "option", "openslide.mpp", a vendor's field, "tiff tags"
+    reader             library and version that give the pixels, e.g. "openslide 4.0.1"
+    vendor             format as the reader names it ("aperio", "png")
+    bounds             part of level 0 that was scanned (openslide.bounds-*), None where the file says nothing
+    fingerprint        sha256 hex over size and sampled content, never the modification time
+    objective          nominal magnification for people, None where unknown; decides nothing
+    """
+
+    shape: tuple[int, int]
+    level_shapes: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    mpp: float
+    mpp_source: str
+    reader: str
+    vendor: str
+    bounds: Box | None
+    fingerprint: str
+    objective: float | None = None
+
+
+class Reader(Protocol):
+    """What a file format has to offer; `Slide` does the rest. Safe from many threads."""
+
+    def read(self, level: int, box: Box) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """Pixels of a box that lies inside the level, in the level's own px.
+
+        Returns (H, W, 3) uint8 RGB, white where the scan has no data, and (H, W) bool, True where it has (None: everywhere).
+        Raises SlideError(READ_ERROR) where the file cannot be decoded; the next read must work again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Twice is once."""
+        ...
+
+
+class Slide:
+    """An open slide. Made by `pathology.open_slide`; a context manager."""
+
+    def __init__(self, path: Path, info: SlideInfo, reader: Reader) -> None:
+        self.path = path
+        self.info = info
+        self._reader = reader
+
+    def __repr__(self) -> str:
+        h, w = self.info.shape
+        return f"<Slide {h} x {w} px, {self.info.mpp:g} um/px, {len(self.info.level_shapes)} levels, {self.info.reader}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB of `box` in the level's own pixels; white outside the scan."""
+        return self.read_masked(level, box)[0]
+
+    def valid(self, level: int, box: Box) -> NDArray[np.bool_]:
+        """(H, W) bool: where the scan has data, in the level's own pixels; False outside the slide."""
+        return self.read_masked(level, box)[1]
+
+    def read_masked(self, level: int, box: Box) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """`read` and `valid` of the same box, decoded once."""
+        if not 0 <= level < len(self.info.level_shapes):
+            raise UsageError(f"level {level} does not exist; this slide has levels 0 to {len(self.info.level_shapes) - 1}")
+        inside = box.intersect(Box(0, 0, *self.info.level_shapes[level]))
+        if inside == box:
+            rgb, valid = self._reader.read(level, box)
+            return rgb, np.ones(box.shape, bool) if valid is None else valid
+        pixels, mask = np.full((*box.shape, 3), WHITE, np.uint8), np.zeros(box.shape, bool)
+        if not inside.empty:
+            rgb, valid = self._reader.read(level, inside)
+            at = inside.slices(box)
+            pixels[at] = rgb
+            mask[at] = True if valid is None else valid
+        return pixels, mask
+
+    def read_tile(
+        self,
+        l0_origin: tuple[float, float],
+        l0_size: tuple[float, float],
+        shape: tuple[int, int],
+        rule: ReadRule = DEFAULT_RULE,
+    ) -> NDArray[np.uint8]:
+        """(height, width, 3) uint8: the part at `l0_origin` (y, x), `l0_size` level-0 px large, as `shape` pixels."""
+        window = tile_window(self.info, l0_origin, l0_size, shape, rule)
+        return resize(self.read(window.level, window.box), window)
+
+    def read_mpp(self, box: Box, mpp: float) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8: `box` in pixels of the slide seen at `mpp` um/px; (0, 0) is the slide's corner."""
+        ratio = self._ratio(mpp)
+        return self.read_tile((box.y * ratio, box.x * ratio), (box.height * ratio, box.width * ratio), box.shape)
+
+    def to_dask(self, mpp: float, chunk_px: int = 1024) -> da.Array:
+        """The whole slide at `mpp` um/px as a lazy (H, W, 3) uint8 dask array, read chunk by chunk when computed."""
+        from pathology.lazy import slide_to_dask
+
+        return slide_to_dask(self, mpp, chunk_px)
+
+    def shape_at(self, mpp: float) -> tuple[int, int]:
+        """(height, width) in whole pixels of the slide seen at `mpp`: every level-0 pixel is covered."""
+        ratio = self._ratio(mpp)
+        return int(-(-self.info.shape[0] // ratio)), int(-(-self.info.shape[1] // ratio))
+
+    def _ratio(self, mpp: float) -> float:
+        if not mpp > 0:
+            raise UsageError(f"mpp {mpp} um/px: ask for a resolution above 0")
+        return mpp_ratio(mpp, self.info.mpp)

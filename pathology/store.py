@@ -1,0 +1,198 @@
+"""A heatmap on disk: an OME-Zarr 0.5 group (Zarr v3) of float32 scores with its pyramid and all that explains them.
+
+Promise: every shard is written once, whole, by the calling thread, each inner chunk and shard index with its crc32c; equal
+input gives equal bytes. NaN means not predicted; a chunk or shard of nothing but NaN is not on disk, so that one is
+missing by accident shows only in the result's manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from pathology.durable import output_faults
+from pathology.errors import UsageError
+from pathology.geometry import Box, HeatmapFrame
+from pathology.model import ModelSpec, ReadRule
+from pathology.pyramid import ShardGather, make_levels, ngff_attributes
+
+SCHEMA = 1
+
+# Name of the store in the folder of a slide's and model's results.
+STORE_NAME = "heatmap.ome.zarr"
+# Key of our own attributes beside `ome`.
+ATTRIBUTES = "pathology"
+
+ZSTD_LEVEL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class HeatmapMeta:
+    """All that is written beside the numbers.
+
+    frame        where heatmap pixels lie on the slide
+    spec         the model's card: classes, thresholds, units, colours, name, sha256
+    tile_px      side of a tile, in px at the model's mpp
+    stride_px    distance of neighbouring tiles, likewise
+    fingerprint  the slide's
+    provenance   parameters, reader, precision, versions that decide values; JSON values only, no time, host or path
+    """
+
+    frame: HeatmapFrame
+    spec: ModelSpec
+    tile_px: int
+    stride_px: int
+    fingerprint: str
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values in a fixed order, of which `from_json` makes an equal meta. Raises ValueError for NaN and infinity."""
+        fields = {
+            "schema": SCHEMA,
+            "research_use_only": True,
+            "frame": {**asdict(self.frame), "mpp": self.frame.mpp},
+            "tile_px": self.tile_px,
+            "stride_px": self.stride_px,
+            "fingerprint": self.fingerprint,
+            "model": asdict(self.spec),
+            "provenance": self.provenance,
+        }
+        values: dict[str, Any] = json.loads(json.dumps(fields, sort_keys=True, allow_nan=False))
+        return values
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> HeatmapMeta:
+        """Raises UsageError for another schema version and for values that are not a heatmap's."""
+        if values.get("schema") != SCHEMA:
+            raise UsageError(
+                f"heatmap has schema {values.get('schema')!r}, this version reads {SCHEMA}; open it with a version that does"
+            )
+        try:
+            frame, model = values["frame"], values["model"]
+            height, width = frame["shape"]
+            return HeatmapMeta(
+                frame=HeatmapFrame((height, width), frame["l0_origin"], frame["l0_pixel"], frame["slide_mpp"]),
+                spec=ModelSpec(**{**{k: _tuple(v) for k, v in model.items()}, "read": ReadRule(**model["read"])}),
+                tile_px=values["tile_px"],
+                stride_px=values["stride_px"],
+                fingerprint=values["fingerprint"],
+                provenance=values["provenance"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"heatmap's own attributes are damaged ({error}); make the heatmap again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSummary:
+    """One class over a whole heatmap; None where nothing was predicted.
+
+    predicted_px  heatmap pixels with a score
+    present_px    those at or above the class's threshold
+    area_mm2      their area
+    """
+
+    name: str
+    predicted_px: int
+    present_px: int
+    mean: float | None
+    max: float | None
+    area_mm2: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeatmapSummary:
+    """Statistics of level 0, one per class in the model's order."""
+
+    classes: tuple[ClassSummary, ...]
+
+
+def write_heatmap(path: Path, meta: HeatmapMeta, read: Callable[[Box], NDArray[np.float32]]) -> HeatmapSummary:
+    """Write the store at `path`, replacing what an interrupted write may have left there, and sum it up.
+
+    `read(box)` gives the (C, h, w) float32 scores of a box in heatmap px, NaN where not predicted. It is called once per
+    shard of level 0, in row-major order. Memory: about one shard per level. Files are not synced to disk here.
+    Raises EnvironmentFault where the disk is full or gone.
+    """
+    levels = make_levels(len(meta.spec.classes), meta.frame.shape)
+    attributes = {"ome": ngff_attributes(meta.frame, meta.spec, levels), ATTRIBUTES: meta.to_json()}
+    tallies = [_Tally(name, threshold) for name, threshold in zip(meta.spec.classes, meta.spec.threshold, strict=True)]
+    with output_faults(path):
+        if path.exists():
+            shutil.rmtree(path)
+        group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=attributes)
+        arrays = [
+            group.create_array(
+                str(k),
+                shape=level.shape,
+                chunks=level.chunk,
+                shards=level.shard,
+                dtype=np.float32,
+                fill_value=np.nan,
+                # crc32c guards the compressed bytes, header included; zstd alone passes most flipped bits on as scores.
+                compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+                dimension_names=("c", "y", "x"),
+                config={"write_empty_chunks": False},  # not left to the user's zarr settings: it decides which files there are
+            )
+            for k, level in enumerate(levels)
+        ]
+        gathers = [ShardGather(level) for level in levels[1:]]
+        for shard in levels[0].shard_boxes():
+            box, block = shard, _checked(read(shard), shard, len(tallies))
+            for tally, scores in zip(tallies, block, strict=True):
+                tally.add(scores)
+            arrays[0][:, *box.slices()] = block
+            for array, gather in zip(arrays[1:], gathers, strict=True):
+                whole = gather.add(box, block)
+                if whole is None:
+                    break
+                box, block = whole
+                array[:, *box.slices()] = block
+    return HeatmapSummary(tuple(tally.summary(meta.frame.mpp) for tally in tallies))
+
+
+def _checked(block: NDArray[np.float32], box: Box, classes: int) -> NDArray[np.float32]:
+    """A copy with every NaN of one bit pattern: processors differ in what 0 / 0 gives, and bytes on disk must not."""
+    if block.dtype != np.float32 or block.shape != (classes, *box.shape):
+        raise ValueError(f"scores of {box} are {block.dtype} {block.shape}; they must be float32 {(classes, *box.shape)}")
+    return np.where(np.isnan(block), np.float32(np.nan), block)
+
+
+class _Tally:
+    """Running statistics of one class."""
+
+    def __init__(self, name: str, threshold: float) -> None:
+        self._name = name
+        self._threshold = np.float32(threshold)  # scores are float32: 0.7 must count as at or above 0.7
+        self._predicted = 0
+        self._present = 0
+        self._sum = 0.0
+        self._max = -np.inf
+
+    def add(self, scores: NDArray[np.float32]) -> None:
+        values = scores[~np.isnan(scores)]
+        if values.size:
+            self._predicted += values.size
+            self._present += int(np.count_nonzero(values >= self._threshold))
+            self._sum += float(values.sum(dtype=np.float64))
+            self._max = max(self._max, float(values.max()))
+
+    def summary(self, mpp: float) -> ClassSummary:
+        if not self._predicted:
+            return ClassSummary(self._name, 0, 0, None, None, None)
+        area_mm2 = self._present * mpp**2 / 1e6
+        return ClassSummary(self._name, self._predicted, self._present, self._sum / self._predicted, self._max, area_mm2)
+
+
+def _tuple(value: Any) -> Any:
+    """JSON has no tuples; the model's card has no lists."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,107 @@
+"""Small pictures of whole slides, and the few drawing pieces that every picture shares.
+
+Promise: memory is bounded by the picture and one block of the slide, whatever levels the slide has.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFont
+
+from pathology.geometry import Box
+from pathology.resample import level_for
+from pathology.slide import WHITE, Slide, SlideInfo
+
+# Side of the largest block that is decoded at once, in level px: 12 MiB of RGB.
+BLOCK_PX = 2048
+
+# Blocks are whole multiples of the reduction, so a larger one would make blocks larger; what is left is done by a resize.
+MAX_FACTOR = 256
+
+INK = (32, 32, 32)
+GREY = (110, 110, 110)
+
+
+def reduced_shape(info: SlideInfo, level: int, factor: int) -> tuple[int, int]:
+    """(height, width) of a level reduced by a whole factor; the last row and column may cover less than the others."""
+    height, width = info.level_shapes[level]
+    return -(-height // factor), -(-width // factor)
+
+
+def reduced_blocks(slide: Slide, level: int, factor: int) -> Iterator[tuple[Box, NDArray[np.uint8], NDArray[np.bool_]]]:
+    """A whole level, each pixel the mean of factor x factor level pixels, block by block in row-major order.
+
+    Yields (box in reduced px, (H, W, 3) uint8 RGB, (H, W) bool: at least half of the pixel has data).
+    """
+    extent = Box(0, 0, *slide.info.level_shapes[level])
+    side = max(1, BLOCK_PX // factor) * factor
+    for y in range(0, extent.height, side):
+        for x in range(0, extent.width, side):
+            box = Box(y, x, side, side).intersect(extent)
+            rgb, valid = slide.read_masked(level, box)
+            small = Box(y // factor, x // factor, -(-box.height // factor), -(-box.width // factor))
+            if factor == 1:
+                yield small, rgb, valid
+                continue
+            share = Image.fromarray(valid.astype(np.uint8) * 255).reduce(factor)
+            yield small, np.asarray(Image.fromarray(rgb).reduce(factor)), np.asarray(share) >= 128
+
+
+def thumbnail(slide: Slide, max_px: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8: the whole slide, its longer side `max_px`, or its own size if smaller; white outside the scan."""
+    info = slide.info
+    scale = max(1.0, max(info.shape) / max_px)
+    level = level_for(info.level_downsamples, scale)
+    downsample = info.level_downsamples[level]
+    factor = min(max(1, int(scale / downsample)), MAX_FACTOR)
+    pixels = np.full((*reduced_shape(info, level, factor), 3), WHITE, np.uint8)
+    for box, rgb, _ in reduced_blocks(slide, level, factor):
+        pixels[box.slices()] = rgb
+    height, width = (max(1, round(side / scale)) for side in info.shape)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    # The level may end a little before the slide's own edge or after it: drawn out and cut there, it isn't stretched.
+    y1, x1 = (side / (downsample * factor) for side in info.shape)
+    missing = [(0, max(0, math.ceil(end) - n)) for end, n in zip((y1, x1), pixels.shape[:2], strict=True)]
+    pixels = np.pad(pixels, [*missing, (0, 0)], mode="edge")
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, x1, y1)))
+
+
+def picture(slide: Slide, min_px: int, max_px: int) -> Image.Image:
+    """The whole slide as RGB for people: the longer side at most `max_px`, small slides enlarged to `min_px`."""
+    image = Image.fromarray(thumbnail(slide, max_px))
+    enlarge = min_px / max(image.size)
+    if enlarge > 1:
+        image = image.resize(
+            (max(1, round(image.width * enlarge)), max(1, round(image.height * enlarge))), Image.Resampling.BICUBIC
+        )
+    return image
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, the same on every machine. It holds ASCII and little more: write um, not the letter mu."""
+    loaded = ImageFont.load_default(size=size)
+    if not isinstance(loaded, ImageFont.FreeTypeFont):
+        raise RuntimeError("this Pillow was built without FreeType, which draws text; install Pillow's own wheel")
+    return loaded
+
+
+def fit_text(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text`, cut and ended by "..." where it is wider than `width` px."""
+    if face.getlength(text) <= width:
+        return text
+    while text and face.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as PNG with no metadata: equal pixels, equal bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")  # a fresh image carries no info of the old one
+    return buffer.getvalue()

