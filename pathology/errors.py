@@ -20,7 +20,7 @@ class Reason(StrEnum):
     READ_ERROR = "read_error"  # pixels could not be read although the slide opened
     BAD_SCORES = "bad_scores"  # the model answered with NaN or infinity
     MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
-    CHANGED = "changed"  # the file is not the one its unfinished work was computed from
+    CHANGED = "changed"  # the slide, or its finished result, is not what it was when the result was made
     CRASHED = "crashed"  # the worker process died on this slide, twice
     INTERNAL = "internal"  # a bug in this program
 

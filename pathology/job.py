@@ -38,6 +38,7 @@ class Job:
     exports      extra files: "csv", "qupath", "png"
     overwrite    replace results that were made from other inputs or parameters
     strict       refuse to finish a slide whose regions come from different environments
+    columns      (name, value) pairs of the slide list that are passed through to the record
     """
 
     slide: str
@@ -59,6 +60,7 @@ class Job:
     exports: tuple[str, ...] = ()
     overwrite: bool = False
     strict: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -79,7 +81,15 @@ class Job:
 
     @property
     def slide_folder(self) -> Path:
+        """Results of this slide, all models."""
         return Path(self.out) / "slides" / self.slide_id
+
+    def result_folder(self, model_name: str) -> Path:
+        return self.slide_folder / model_name
+
+    def work_folder(self, model_name: str) -> Path:
+        """Unfinished work, on the same file system as the results, so that a rename commits."""
+        return Path(self.out) / ".work" / self.slide_id / model_name
 
 
 def key_of(fields: Mapping[str, Any]) -> str:

@@ -62,6 +62,14 @@ class Work:
         self._plan_sha256 = _sha256(text.encode())
         return Plan.from_json(text)
 
+    def resume(self) -> Plan:
+        """The plan that work of this key was begun by. Raises UsageError where none was."""
+        record = self._read(self.folder / "plan.json")
+        if record is None or record.get("schema") != SCHEMA or record["fields"] != self.fields:
+            raise UsageError(f"unfinished work of slide {self.folder.parent.name} is gone or was replaced; run the same again")
+        self._plan_sha256 = _sha256(record["plan"].encode())
+        return Plan.from_json(record["plan"])
+
     def todo(self, plan: Plan) -> list[int]:
         """Indices of the regions that are not done, in order."""
         return [r.index for r in plan.regions if self._done(r.index) is None]

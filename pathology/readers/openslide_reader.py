@@ -26,51 +26,48 @@ from pathology.readers.opened import Opened, over_white
 class OpenSlideReader:
     """Reads through one handle, shared by all threads.
 
-    A handle refuses everything after its first error, so it is replaced after one. Handles are let go, not closed: the library
-    closes each when the last thread inside it is out.
+    A handle refuses everything after its first error, so each read that fails is tried once more with a new one, and a good one
+    is kept. Handles are let go, not closed: each is closed when the last thread inside it is out.
     """
 
     def __init__(self, path: Path, handle: openslide.OpenSlide, downsamples: Sequence[float]) -> None:
         self._path = path
         self._downsamples = tuple(downsamples)
         self._lock = threading.Lock()
-        self._handle: openslide.OpenSlide | None = handle
-        self._closed = False
+        self._handle: openslide.OpenSlide | None = handle  # None once closed
 
     def read(self, level: int, box: Box) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
-        if box.empty and not self._closed:
-            return np.empty((*box.shape, 3), np.uint8), None
         handle = self._handle
-        if handle is not None:
-            try:
-                return over_white(self._region(handle, level, box))
-            except OpenSlideError:
-                pass  # perhaps another thread's error, which the handle repeats to everyone
-        return over_white(self._region_anew(handle, level, box))
+        if handle is None:
+            raise UsageError("the slide is closed; open it again")
+        if box.empty:
+            return np.empty((*box.shape, 3), np.uint8), None
+        try:
+            image = self._region(handle, level, box)
+        except OpenSlideError:  # perhaps of another thread's read, which the handle repeats to everyone
+            image = self._region_anew(level, box)
+        return over_white(image)
 
     def close(self) -> None:
         with self._lock:
-            self._handle, self._closed = None, True
+            self._handle = None
 
     def _region(self, handle: openslide.OpenSlide, level: int, box: Box) -> Image.Image:
         downsample = self._downsamples[level]
         location = round(box.x * downsample), round(box.y * downsample)
         return handle.read_region(location, level, (box.width, box.height))
 
-    def _region_anew(self, failed: openslide.OpenSlide | None, level: int, box: Box) -> Image.Image:
+    def _region_anew(self, level: int, box: Box) -> Image.Image:
         """The box through a handle that no other thread can spoil. It becomes the shared one if it survives."""
         with self._lock:
-            if self._closed:
-                raise UsageError("the slide is closed; open it again")
             try:
                 fresh = openslide.OpenSlide(self._path)
                 image = self._region(fresh, level, box)
             except OpenSlideError as error:
-                if self._handle is failed:
-                    self._handle = None  # the next read opens its own
                 message = f"{self._path.name!r}: level {level}, {box} cannot be decoded: {_words(error, self._path)}"
                 raise SlideError(Reason.READ_ERROR, message) from error
-            self._handle = fresh
+            if self._handle is not None:
+                self._handle = fresh
             return image
 
 

@@ -1,0 +1,233 @@
+"""A slide's end: staged regions become the store, tables, picture and manifest, and one rename makes them the result.
+
+Promise: a result folder is there whole or not at all, and `manifest.json` is the same to the byte however often the work was
+interrupted: it holds hashes and what decided the values, never a time, host, path or attempt. `result.json` holds those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
+from pathology.errors import UsageError
+from pathology.export.png import overlay_l0_pixel, overlay_png
+from pathology.export.table import TileTable, tile_table, write_parquet
+from pathology.geometry import Box
+from pathology.job import Job
+from pathology.model import ModelSpec
+from pathology.plan import Plan
+from pathology.result import Heatmap, open_heatmap
+from pathology.slide import Slide
+from pathology.store import STORE_NAME, HeatmapMeta, HeatmapSummary, write_heatmap
+from pathology.work import Work
+
+SCHEMA = 1
+
+MANIFEST, RESULT, OVERLAY, TILES = "manifest.json", "result.json", "overlay.png", "tiles.parquet"
+TISSUE_FILES = ("tissue.geojson", "tissue.png")
+
+
+def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
+    """Build, commit and return the record of a slide all of whose regions are done.
+
+    Raises UsageError where `job.strict` and regions were computed in different environments.
+    """
+    environments = _environments(work, plan, job)
+    partial = work.partial
+    with output_faults(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        heatmap_summary = _write_store(partial / STORE_NAME, work, plan, slide, spec)
+        heatmap = open_heatmap(partial / STORE_NAME)
+        if spec.output_px == 1:
+            write_parquet(partial / TILES, classifier_table(plan, heatmap))
+        (partial / OVERLAY).write_bytes(overlay(slide, heatmap))
+        manifest = _manifest(partial, job.slide_folder, work)
+        (partial / MANIFEST).write_bytes(manifest)
+        record = _record(job, work, plan, slide, spec, heatmap_summary, manifest, environments)
+        (partial / RESULT).write_bytes(_json(record))
+        sync_tree(partial)
+        _commit(partial, job.result_folder(spec.name), work)
+    return record
+
+
+def classifier_table(plan: Plan, heatmap: Heatmap) -> TileTable:
+    """The tiles of a tile classifier with their scores: heatmap pixel (row, col) is tile (row, col)."""
+    height, width = heatmap.frame.shape
+    scores = np.empty((len(plan.tiles), len(heatmap.classes)), np.float32)
+    band = 2048  # rows of the heatmap in memory at once
+    for top in range(0, height, band):
+        chosen = (plan.tiles[:, 0] >= top) & (plan.tiles[:, 0] < top + band)
+        if chosen.any():
+            block = heatmap.read(0, Box(top, 0, min(band, height - top), width))
+            scores[chosen] = block[:, plan.tiles[chosen, 0] - top, plan.tiles[chosen, 1]].T
+    return tile_table(plan.grid, plan.tiles, plan.coverage, scores, heatmap.spec.columns())
+
+
+def overlay(slide: Slide, heatmap: Heatmap) -> bytes:
+    """`overlay.png` of the first class, from the pyramid level that suits the picture."""
+    finest = overlay_l0_pixel(slide.info.shape)
+    level = max((k for k in range(len(heatmap.arrays)) if heatmap.level_frame(k).l0_pixel <= finest), default=0)
+    scores = heatmap.read(level, Box(0, 0, *heatmap.level_shape(level)))[0]
+    return overlay_png(slide, scores, heatmap.level_frame(level), heatmap.spec, 0)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """`result.json` of a result folder; None where there is none. Raises UsageError for another schema version."""
+    return _read(folder / RESULT)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """`manifest.json` of a result folder; None where there is none. Raises UsageError for another schema version."""
+    return _read(folder / MANIFEST)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+        found = value["schema"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is damaged; replace the result with --overwrite") from None
+    if found != SCHEMA:
+        raise UsageError(f"{path} has schema {found!r}, this version reads {SCHEMA}; use the version that wrote it")
+    return dict(value)
+
+
+def _write_store(path: Path, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> HeatmapSummary:
+    provenance = {"key": work.key, "fields": work.fields}
+    meta = HeatmapMeta(plan.frame, spec, plan.grid.tile_px, plan.grid.stride_px, slide.info.fingerprint, provenance)
+    return write_heatmap(path, meta, _Gather(work, plan, len(spec.classes)).read)
+
+
+class _Gather:
+    """Any box of the heatmap from the staged regions. Keeps the regions of the last box: shards come in row-major order."""
+
+    def __init__(self, work: Work, plan: Plan, classes: int) -> None:
+        self._work = work
+        self._plan = plan
+        self._classes = classes
+        self._kept: dict[int, NDArray[np.float32]] = {}
+
+    def read(self, box: Box) -> NDArray[np.float32]:
+        scores = np.full((self._classes, *box.shape), np.nan, np.float32)
+        kept: dict[int, NDArray[np.float32]] = {}
+        for region in self._plan.regions:
+            common = box.intersect(region.box)
+            if common.empty:
+                continue
+            array = self._kept[region.index] if region.index in self._kept else self._work.load(region.index)
+            kept[region.index] = array
+            scores[:, *common.slices(box)] = array[:, *common.slices(region.box)]
+        self._kept = kept
+        return scores
+
+
+def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
+    """The different environments of the regions, each once, in a fixed order."""
+    texts = {json.dumps(work.marker(r.index)["environment"], sort_keys=True) for r in plan.regions}
+    if len(texts) > 1 and job.strict:
+        raise UsageError(
+            f"slide {job.slide_id} has regions from {len(texts)} different environments; run without --strict to allow it, "
+            "or with --overwrite to compute it anew"
+        )
+    return [json.loads(text) for text in sorted(texts)]
+
+
+def _manifest(partial: Path, slide_folder: Path, work: Work) -> bytes:
+    files = {str(path.relative_to(partial)): _file_entry(path) for path in partial.rglob("*") if path.is_file()}
+    tissue = {name: _file_entry(slide_folder / name) for name in TISSUE_FILES}
+    return _json({"schema": SCHEMA, "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _record(
+    job: Job,
+    work: Work,
+    plan: Plan,
+    slide: Slide,
+    spec: ModelSpec,
+    summary: HeatmapSummary,
+    manifest: bytes,
+    environments: list[dict[str, Any]],
+) -> dict[str, Any]:
+    counts = [work.marker(r.index)["counts"] for r in plan.regions]
+    return {
+        "schema": SCHEMA,
+        "research_use_only": True,
+        "status": "ok" if len(plan.tiles) else "ok_empty",
+        "slide": job.slide,
+        "slide_id": job.slide_id,
+        "model": spec.name,
+        "key": work.key,
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "shape": list(slide.info.shape),
+        "slide_mpp": slide.info.mpp,
+        "mpp_source": slide.info.mpp_source,
+        "reader": slide.info.reader,
+        "vendor": slide.info.vendor,
+        "tiles": len(plan.tiles),
+        "regions": len(plan.regions),
+        "forward_passes": plan.forward_passes,
+        "tissue_mm2": plan.tissue_mm2,
+        "classes": {c.name: {"mean": c.mean, "max": c.max, "area_mm2": c.area_mm2} for c in summary.classes},
+        "threshold": dict(zip(spec.classes, spec.threshold, strict=True)),
+        "units": spec.units,
+        "seconds": round(sum(c["seconds"] for c in counts), 3),
+        "environments": environments,
+        "columns": dict(job.columns),
+        "finished": time.time(),
+        "host": socket.gethostname(),
+        "version": _version(),
+    }
+
+
+def _commit(partial: Path, final: Path, work: Work) -> None:
+    """Make `partial` the result by one rename. An older result is moved aside first and removed last."""
+    old = work.folder / "replaced"
+    make_folders(final.parent)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    sync_folder(final.parent)
+    sync_folder(work.folder)
+    work.clear()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _version() -> str:
+    try:
+        return version("pathology-pipeline")
+    except PackageNotFoundError:
+        return "source"
+
+
+def write_if_changed(path: Path, data: bytes) -> None:
+    """Replace `path` durably unless it holds `data` already."""
+    try:
+        if path.read_bytes() == data:
+            return
+    except FileNotFoundError:
+        make_folders(path.parent)
+    write_file(path, data)

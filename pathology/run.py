@@ -1,0 +1,247 @@
+"""A run: all regions of all slides through one bounded window of tasks.
+
+Promise: one slide's failure ends that slide alone; a fault of the machine ends the run and fails no slide; and after either,
+or a crash, the same call goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pathology import worker
+from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError
+from pathology.job import Job
+from pathology.schedule import Done, Tasks, open_tasks
+
+# Slides whose plan is made ahead of their regions' turn.
+SLIDES_AHEAD = 2
+# After a stop, this long for tasks that run to end by themselves.
+DRAIN_S = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended: `record` (its result.json), or a reason and what to do about it.
+
+    before   it was finished by an earlier run
+    """
+
+    job: Job
+    status: Literal["ok", "ok_empty", "partial", "failed"]
+    record: dict[str, Any] | None = None
+    reason: Reason | None = None
+    message: str = ""
+    before: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Something happened: "planned" with forward passes to come, "region" with forward passes done, both of one job."""
+
+    event: Literal["planned", "region"]
+    job: Job
+    tiles: int
+
+
+class Interrupted(PathologyError):
+    """The run was asked to stop; the same call goes on from here (exit code 75)."""
+
+
+@dataclass(slots=True)
+class _State:
+    """One job on its way."""
+
+    job: Job
+    todo: deque[int] = field(default_factory=deque)
+    tiles: dict[int, int] = field(default_factory=dict)
+    running: int = 0
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    kind: Literal["prepare", "region", "finish"]
+    place: int  # of the job in the run
+    region: int = -1
+    deaths: int = 0
+
+
+def run(
+    jobs: Sequence[Job],
+    scheduler: str = "processes",
+    *,
+    devices: int = 1,
+    dashboard: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Outcome]:
+    """Compute all jobs; yields an outcome for each as it ends.
+
+    scheduler  "sync" (the reference), "threads", "processes" (one worker per device), or "tcp://127.0.0.1:PORT"
+    stop       set it to end early: running regions are let end, then Interrupted is raised
+
+    Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
+    EnvironmentFault where output, disk, device or the slides' share fail.
+    """
+    tasks = open_tasks(scheduler, devices, dashboard)
+    try:
+        yield from _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event()).outcomes()
+    finally:
+        tasks.close()
+
+
+class _Window:
+    """The bounded window of tasks over all jobs, in order; later jobs begin while earlier ones end."""
+
+    def __init__(self, jobs: Sequence[Job], tasks: Tasks, progress: Callable[[Progress], None], stop: threading.Event) -> None:
+        self._states = [_State(job) for job in jobs]
+        self._tasks = tasks
+        self._progress = progress
+        self._stop = stop
+        self._running: set[_Task] = set()
+        self._next = 0  # the first job not yet being prepared
+        self._active: deque[int] = deque()  # jobs with regions to hand out, in order
+        self._first: deque[_Task] = deque()  # ends of slides, before anything else
+        self._suspects: deque[_Task] = deque()  # tasks whose worker died: each runs alone
+
+    def outcomes(self) -> Iterator[Outcome]:
+        self._check_models()
+        room = 1 if self._tasks.in_order else 2 * self._tasks.slots()
+        while True:
+            if self._stop.is_set():
+                self._drain()
+                raise Interrupted("the run was stopped; finished regions are kept: run the same command again to go on")
+            while (task := self._choose(room)) is not None:
+                self._submit(task)
+            if not self._running:
+                return
+            try:
+                done = self._tasks.done.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            outcome = self._handle(done)
+            if outcome is not None:
+                yield outcome
+
+    def _check_models(self) -> None:
+        for job in {(s.job.model, s.job.device, s.job.batch_size, s.job.threads): s.job for s in self._states}.values():
+            self._tasks.submit(None, worker.check_model, job)
+            while True:
+                try:
+                    done = self._tasks.done.get(timeout=0.2)
+                except queue.Empty:
+                    if self._stop.is_set():
+                        raise Interrupted("the run was stopped before it began") from None
+                    continue
+                break
+            if done.died:
+                raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
+            if isinstance(done.error, PathologyError):
+                raise done.error
+            if done.error is not None:
+                raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
+
+    def _choose(self, room: int) -> _Task | None:
+        """The next task to submit, None for none now."""
+        if self._suspects:
+            return self._suspects.popleft() if not self._running else None
+        if any(task.deaths for task in self._running) or len(self._running) >= room:
+            return None
+        if self._first:
+            return self._first.popleft()
+        preparing = sum(task.kind == "prepare" for task in self._running)
+        if self._next < len(self._states) and len(self._active) + preparing < SLIDES_AHEAD:
+            self._next += 1
+            return _Task("prepare", self._next - 1)
+        while self._active:
+            place = self._active[0]
+            state = self._states[place]
+            if state.todo and not state.failed:
+                return _Task("region", place, state.todo.popleft())
+            self._active.popleft()
+        if self._next < len(self._states) and preparing < SLIDES_AHEAD:
+            self._next += 1
+            return _Task("prepare", self._next - 1)
+        return None
+
+    def _submit(self, task: _Task) -> None:
+        state = self._states[task.place]
+        state.running += 1
+        self._running.add(task)
+        if task.kind == "prepare":
+            self._tasks.submit(task, worker.prepare, state.job)
+        elif task.kind == "region":
+            self._tasks.submit(task, worker.run_region, state.job, task.region, self._tasks.in_order)
+        else:
+            self._tasks.submit(task, worker.finish_slide, state.job)
+
+    def _handle(self, done: Done) -> Outcome | None:
+        task = done.token
+        assert isinstance(task, _Task)
+        self._running.discard(task)
+        state = self._states[task.place]
+        state.running -= 1
+        if state.failed:
+            return None
+        if done.died and task.deaths == 0:
+            # Any of the tasks on that worker may be the culprit: each runs again, alone, and only a second death counts.
+            self._suspects.append(_Task(task.kind, task.place, task.region, 1))
+            return None
+        if done.error is not None:
+            return self._failed(state, done)
+        if task.kind == "prepare":
+            return self._prepared(task.place, state, done.value)
+        if task.kind == "finish":
+            return Outcome(state.job, done.value["status"], done.value)
+        self._progress(Progress("region", state.job, state.tiles[task.region]))
+        waiting = any(t.place == task.place for t in self._suspects)
+        if not state.todo and not state.running and not waiting:
+            self._first.append(_Task("finish", task.place))
+        return None
+
+    def _prepared(self, place: int, state: _State, prepared: worker.Prepared) -> Outcome | None:
+        if prepared.record is not None:
+            return Outcome(state.job, prepared.record["status"], prepared.record, before=True)
+        state.todo = deque(prepared.todo)
+        state.tiles = dict(zip(prepared.todo, prepared.tiles, strict=True))
+        self._progress(Progress("planned", state.job, sum(prepared.tiles)))
+        if state.todo:
+            self._active.append(place)
+        else:
+            self._first.append(_Task("finish", place))
+        return None
+
+    def _failed(self, state: _State, done: Done) -> Outcome:
+        error = done.error
+        if isinstance(error, (EnvironmentFault, UsageError)):
+            raise error
+        state.failed = True
+        if done.died:
+            message = "the worker process died on this slide twice; the file or the model crashes a native library"
+            return Outcome(state.job, "failed", reason=Reason.CRASHED, message=message)
+        if isinstance(error, SlideError):
+            return Outcome(state.job, "failed", reason=error.reason, message=str(error))
+        reason = Reason.MODEL_ERROR if isinstance(error, ModelError) else Reason.INTERNAL
+        assert error is not None
+        return Outcome(state.job, "failed", reason=reason, message=_line(error))
+
+    def _drain(self) -> None:
+        """Let running tasks end, for a while; what they stage is kept."""
+        end = time.monotonic() + DRAIN_S
+        while self._running and (left := end - time.monotonic()) > 0:
+            try:
+                done = self._tasks.done.get(timeout=left)
+            except queue.Empty:
+                return
+            assert isinstance(done.token, _Task)
+            self._running.discard(done.token)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

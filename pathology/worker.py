@@ -1,0 +1,281 @@
+"""What a worker does for a run: check a model, prepare a slide, infer a region, finish a slide.
+
+Promise: every function takes names and numbers only, opens what it needs itself, and can be called again after a crash.
+A process keeps its slides and its predictor open between calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.device import environment, set_threads
+from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
+from pathology.events import emit
+from pathology.finish import TISSUE_FILES, finish, read_manifest, read_record, write_if_changed
+from pathology.grid import TileGrid
+from pathology.infer import infer_region
+from pathology.job import Job, key_difference, key_of
+from pathology.model import Model, ModelSpec
+from pathology.models import load_model, load_spec
+from pathology.models.checks import warm_up
+from pathology.plan import Plan, make_plan
+from pathology.predictor import Predict, Predictor, predict_in_order
+from pathology.readers import open_slide
+from pathology.slide import Slide
+from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
+from pathology.work import Work
+
+PRECISION = "fp32"
+KEPT_SLIDES = 4
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is left of a job.
+
+    record   result.json of a job that was finished before, None otherwise
+    todo     regions to infer; none and no record: only the end is missing
+    tiles    forward passes per region of `todo`
+    """
+
+    record: dict[str, Any] | None
+    todo: tuple[int, ...] = ()
+    tiles: tuple[int, ...] = ()
+
+
+class _Kept:
+    """The open slides, works and predictors of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.device_lock = threading.Lock()
+        self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
+        self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
+        self.models: dict[tuple[str, str], Model] = {}
+        self.predictors: dict[tuple[str, str, int], Predictor] = {}
+        self.pools: dict[int, ThreadPoolExecutor] = {}
+        self.threads = 0
+
+
+_kept = _Kept()
+
+
+def check_model(job: Job) -> ModelSpec:
+    """Load the job's model, run it once, and return its card. Raises ModelError."""
+    model = _model(job)
+    warm_up(model, job.batch_size)
+    return model.spec
+
+
+def prepare(job: Job) -> Prepared:
+    """Open the slide, find tissue, make or find the plan, and say what is left to do.
+
+    Raises SlideError for a slide that cannot be worked on, UsageError for a result or work made otherwise,
+    EnvironmentFault where the place the slides come from is gone.
+    """
+    slide = _slide(job)
+    spec = load_spec(job.model)
+    fields = key_fields(job, slide, spec)
+    work = Work(job.work_folder(spec.name), fields)
+    record = _finished(job, spec, fields)
+    if record is not None:
+        work.clear()
+        return Prepared(record)
+    tissue, plan = plan_slide(job, slide, spec)
+    _write_tissue(job, slide, tissue)
+    plan = work.begin(plan, job.overwrite)
+    with _kept.lock:
+        _keep(_kept.works, job, (work, plan))
+    todo = work.todo(plan)
+    emit(
+        Path(job.out),
+        "slide-begin",
+        {"slide": job.slide_id, "model": spec.name, "regions": len(plan.regions), "todo": len(todo)},
+    )
+    return Prepared(None, tuple(todo), tuple(len(plan.regions[i].tiles) for i in todo))
+
+
+def run_region(job: Job, index: int, in_order: bool = False) -> int:
+    """Infer and stage one region; the number of tiles. `in_order`: in this thread alone, as the reference does it."""
+    slide, spec = _slide(job), load_spec(job.model)
+    work, plan = _work(job, slide, spec)
+    region = plan.regions[index]
+    what = {"slide": job.slide_id, "model": spec.name, "region": index}
+    emit(Path(job.out), "region-start", what)
+    began = time.perf_counter()
+    pool = None if in_order else _pool(job.readers)
+    scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool, job.readers)
+    counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
+    work.put(region, scores, counts, environment(job.device))
+    emit(Path(job.out), "region-done", {**what, **counts})
+    return len(region.tiles)
+
+
+def finish_slide(job: Job) -> dict[str, Any]:
+    """Commit a job whose regions are all done; its record."""
+    slide, spec = _slide(job), load_spec(job.model)
+    work, plan = _work(job, slide, spec)
+    record = finish(job, work, plan, slide, spec)
+    with _kept.lock:
+        _kept.works.pop(job, None)
+    emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})
+    return record
+
+
+def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
+    """Tissue and plan of a job, as any run of it would make them."""
+    tissue = find_tissue(slide, job.tissue)
+    grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block)
+
+
+def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
+    """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
+    return {
+        "schema": 1,
+        "slide": slide.info.fingerprint,
+        "slide_mpp": slide.info.mpp,
+        "reader": slide.info.reader.split()[0],
+        "model": spec.sha256,
+        "card": key_of(asdict(spec)),
+        "tile_px": spec.tile_px,
+        "stride_px": job.stride_px(spec.tile_px),
+        "tissue": job.tissue,
+        "min_tissue": job.min_tissue,
+        "blend": job.blend if spec.output_px > 1 else "none",
+        "precision": PRECISION,
+    }
+
+
+def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a finished result of this very key whose files are all there; None where there is none to keep."""
+    folder = job.result_folder(spec.name)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    if manifest["key"] != key_of(fields):
+        if job.overwrite:
+            return None
+        difference = key_difference(manifest["fields"], fields)
+        message = (
+            f"result {job.slide_id}/{spec.name} was made otherwise ({difference}); choose another --out or pass --overwrite"
+        )
+        only_slide = {name for name in fields if manifest["fields"].get(name) != fields[name]} == {"slide"}
+        raise SlideError(Reason.CHANGED, message) if only_slide else UsageError(message)
+    sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    sizes |= {job.slide_folder / name: entry["bytes"] for name, entry in manifest["slide_files"].items()}
+    broken = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
+    record = read_record(folder)
+    if not broken and record is not None:
+        return record
+    if job.overwrite:
+        return None
+    name = broken[0] if broken else "result.json"
+    raise SlideError(
+        Reason.CHANGED, f"result {job.slide_id}/{spec.name} is damaged: {name} is gone or has another size; pass --overwrite"
+    )
+
+
+def _write_tissue(job: Job, slide: Slide, tissue: TissueMask) -> None:
+    contents = (tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue))
+    for name, data in zip(TISSUE_FILES, contents, strict=True):
+        path = job.slide_folder / name
+        others = list(job.slide_folder.glob("*/manifest.json")) if path.exists() else []
+        if others and not job.overwrite and path.read_bytes() != data:
+            raise UsageError(
+                f"slide {job.slide_id} has results for tissue found otherwise; choose another --out, or pass --overwrite"
+            )
+        write_if_changed(path, data)
+
+
+def _work(job: Job, slide: Slide, spec: ModelSpec) -> tuple[Work, Plan]:
+    """The job's work folder and plan, as `prepare` left them, maybe in another process."""
+    with _kept.lock:
+        if job in _kept.works:
+            return _kept.works[job]
+    work = Work(job.work_folder(spec.name), key_fields(job, slide, spec))
+    plan = work.resume()
+    with _kept.lock:
+        _keep(_kept.works, job, (work, plan))
+    return work, plan
+
+
+def _slide(job: Job) -> Slide:
+    """The job's slide, opened once per process as long as the file stays the same."""
+    try:
+        state = Path(job.slide).stat()
+    except OSError:
+        stamp: tuple[int, ...] = ()
+    else:
+        stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
+    name = (job.slide, job.slide_mpp, job.force, *stamp)
+    with _kept.lock:
+        if name in _kept.slides:
+            _kept.slides.move_to_end(name)
+            return _kept.slides[name]
+    try:
+        slide = open_slide(job.slide, job.slide_mpp, force=job.force)
+    except SlideError as error:
+        root = Path(job.root)
+        if error.reason is Reason.MISSING and job.root != job.slide and not (root.exists() and any(root.iterdir())):
+            raise EnvironmentFault(
+                f"folder {root} of the slides is gone or empty; mount it, then run the same again"
+            ) from error
+        raise
+    with _kept.lock:
+        # Closed when the last region that uses it lets go, not here.
+        _keep(_kept.slides, name, slide)
+    return slide
+
+
+def _keep(kept: OrderedDict[K, V], name: K, value: V) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    while len(kept) > KEPT_SLIDES:
+        kept.popitem(last=False)
+
+
+def _model(job: Job) -> Model:
+    with _kept.lock:
+        if _kept.threads != job.threads:
+            set_threads(job.threads)
+            _kept.threads = job.threads
+        name = (job.model, job.device)
+        if name not in _kept.models:
+            _kept.models[name] = load_model(job.model, job.device)
+        return _kept.models[name]
+
+
+def _predict(job: Job, in_order: bool) -> Predict:
+    model = _model(job)
+    if in_order:
+
+        def predict(tiles: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+            return predict_in_order(model, job.batch_size, tiles)
+
+        return predict
+    with _kept.lock:
+        name = (job.model, job.device, job.batch_size)
+        if name not in _kept.predictors:
+            _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
+        return _kept.predictors[name].predict
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _kept.lock:
+        if threads not in _kept.pools:
+            _kept.pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        return _kept.pools[threads]
