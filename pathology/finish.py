@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ def _record(
         "mpp_source": slide.info.mpp_source,
         "reader": slide.info.reader,
         "vendor": slide.info.vendor,
+        "bounds": None if slide.info.bounds is None else list(asdict(slide.info.bounds).values()),
         "tiles": len(plan.tiles),
         "regions": len(plan.regions),
         "forward_passes": plan.forward_passes,

@@ -35,7 +35,6 @@ class Job:
     batch_size   tiles per model call; part of what decides the last bits
     threads      torch threads of a process; likewise
     readers      threads that read tiles in a process
-    exports      extra files: "csv", "qupath", "png"
     overwrite    replace results that were made from other inputs or parameters
     strict       refuse to finish a slide whose regions come from different environments
     columns      (name, value) pairs of the slide list that are passed through to the record
@@ -57,7 +56,6 @@ class Job:
     batch_size: int = 32
     threads: int = 1
     readers: int = 2
-    exports: tuple[str, ...] = ()
     overwrite: bool = False
     strict: bool = False
     columns: tuple[tuple[str, str], ...] = ()

@@ -186,6 +186,18 @@ def canvas_pixel_bytes(classes: int) -> int:
     return classes * (8 + 4) + 8
 
 
+def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, regions: int = 2) -> int:
+    """Most bytes that one worker holds for `regions` regions at once, beyond libraries and the model itself.
+
+    Canvases; tiles handed in and not yet answered (two batches a region), read ahead (8 a reader), and the batch;
+    and a source window for each reader, as RGB with mask, and as Pillow's four bytes a pixel.
+    """
+    tile = spec.input_px**2 * 3
+    window = (plan.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
+    tiles = regions * (2 * batch_size + 8 * readers) + batch_size
+    return int(regions * canvas_bytes(plan, len(spec.classes)) + tiles * tile + readers * window)
+
+
 def canvas_bytes(plan: Plan, classes: int) -> int:
     """Memory of the largest region's canvas."""
     return max((math.prod(r.box.shape) for r in plan.regions), default=0) * canvas_pixel_bytes(classes)

@@ -1,0 +1,66 @@
+"""From a finished result to the files other programs take. Promise: made from the result alone, without the slide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from pathology.errors import UsageError
+from pathology.export.png import heatmap_png
+from pathology.export.qupath import write_qupath
+from pathology.export.table import TileTable, read_parquet, write_csv
+from pathology.finish import TILES, read_record
+from pathology.geometry import Box
+from pathology.job import slug
+from pathology.result import open_heatmap
+
+KINDS = ("csv", "qupath", "png")
+# A picture of a dense map is made of the finest pyramid level that is no larger.
+PICTURE_SIDE_PX = 8192
+
+
+def export_result(folder: Path, kind: str) -> list[Path]:
+    """Write `kind` beside the result in `folder`: "csv" tiles.csv, "qupath" tiles.geojson, "png" heatmap-<class>.png.
+
+    Returns the files written. Raises UsageError for another kind, or for a table of a dense map, which has none.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"export {kind!r} is unknown; use {', '.join(KINDS)}")
+    record = read_record(folder)
+    if record is None:
+        raise UsageError(f"{folder} holds no finished result; give the --out folder of a run")
+    heatmap = open_heatmap(folder)
+    if kind == "png":
+        fitting = [k for k in range(len(heatmap.arrays)) if max(heatmap.level_shape(k)) <= PICTURE_SIDE_PX]
+        level = fitting[0] if fitting else len(heatmap.arrays) - 1
+        scores = heatmap.read(level, Box(0, 0, *heatmap.level_shape(level)))
+        names = [f"heatmap-{slug(name)}.png" for name in heatmap.classes]
+        if len(set(names)) < len(names):
+            names = [f"heatmap-{i}.png" for i in range(len(names))]
+        pictures = [heatmap_png(one, heatmap.spec) for one in scores]
+        return [_replace(folder / name, partial(_write, picture)) for name, picture in zip(names, pictures, strict=True)]
+    table = _table(folder)
+    if kind == "csv":
+        return [_replace(folder / "tiles.csv", lambda path: write_csv(path, table))]
+    bounds = None if record["bounds"] is None else Box(*record["bounds"])
+    fingerprint = heatmap.meta.fingerprint
+    return [_replace(folder / "tiles.geojson", lambda path: write_qupath(path, table, heatmap.spec, fingerprint, bounds))]
+
+
+def _table(folder: Path) -> TileTable:
+    if not (folder / TILES).is_file():
+        raise UsageError(f"{folder} has no {TILES}: the model answers a dense map; export it as png")
+    return read_parquet(folder / TILES)
+
+
+def _write(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write beside and rename, so that a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+    return path

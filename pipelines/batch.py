@@ -1,0 +1,223 @@
+"""A run's life: lock, jobs, outcomes, records, exit code. Promise: whatever ends it, the records say how far it came."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from pathology.durable import make_folders, output_faults
+from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError
+from pathology.events import emit
+from pathology.run import Interrupted, Outcome, Progress
+from pipelines.config import Settings, make_jobs
+from pipelines.slides import SlideEntry
+from pipelines.summary import clear_failure, read_failure, write_failure, write_summary
+
+OK, SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 75
+
+NOTICE = "Research use only: not for diagnosis."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conduct:
+    """How a run behaves, beside what it computes."""
+
+    scheduler: str = "processes"
+    dashboard: str | None = None
+    exports: tuple[str, ...] = ()
+    retry_failed: bool = False
+    max_failures: int | None = None
+    allow_failures: int = 0
+    log_format: Literal["text", "json"] = "text"
+
+
+def exit_code(error: PathologyError) -> int:
+    """The exit code for an error that ended a command."""
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    if isinstance(error, EnvironmentFault):
+        return ENVIRONMENT
+    return SOME_FAILED if isinstance(error, SlideError) else USAGE
+
+
+def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, conduct: Conduct) -> int:
+    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on."""
+    from pathology.device import choose_device, device_count
+    from pathology.models import load_spec
+    from pathology.run import run
+
+    began = time.monotonic()
+    specs = {ref: load_spec(ref) for ref in models}
+    if len({s.name for s in specs.values()}) < len(specs):
+        raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
+    device = choose_device(settings.device)
+    devices = device_count(device) if device == "cuda" else 1
+    jobs = make_jobs(slides, models, settings, device)
+    for job in jobs:
+        job.stride_px(specs[job.model].tile_px)
+    out = settings.out
+    with _lock(out), _stop_on_signals() as stop:
+        emit(out, "run-begin", {"jobs": len(jobs), "device": device})
+        report = _Report(len(jobs), conduct.log_format)
+        failed = 0
+        try:
+            todo = []
+            for job in jobs:
+                before = None if conduct.retry_failed else read_failure(job, specs[job.model].name)
+                if before is None:
+                    todo.append(job)
+                else:
+                    failed += 1
+                    report.outcome(before, specs[job.model].name)
+            outcomes = run(
+                todo, conduct.scheduler, devices=devices, dashboard=conduct.dashboard, progress=report.progress, stop=stop
+            )
+            for outcome in outcomes if todo else ():
+                name = specs[outcome.job.model].name
+                _keep(outcome, name, conduct.exports)
+                report.outcome(outcome, name)
+                failed += outcome.status in ("failed", "partial")
+                if conduct.max_failures is not None and failed > conduct.max_failures:
+                    report.line(f"stopped: {failed} slides failed, more than --max-failures {conduct.max_failures}")
+                    break
+        finally:
+            report.close()
+            write_summary(out)
+        emit(out, "run-end", {"failed": failed})
+    report.end(out, failed, time.monotonic() - began)
+    return OK if failed <= conduct.allow_failures else SOME_FAILED
+
+
+def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
+    """Put an outcome on record, and make the exports that were asked for."""
+    job = outcome.job
+    if outcome.record is None:
+        emit(Path(job.out), "slide-failed", {"slide": job.slide_id, "model": model_name, "reason": outcome.reason})
+        write_failure(outcome, model_name)
+        return
+    clear_failure(job, model_name)
+    from pathology.export.result import export_result
+
+    for kind in exports:
+        with output_faults(job.result_folder(model_name)):
+            export_result(job.result_folder(model_name), kind)
+
+
+class _Report:
+    """What a person, or a log, sees of a run: a bar on a terminal, a line a slide, a line at the end."""
+
+    def __init__(self, jobs: int, log_format: Literal["text", "json"]) -> None:
+        self._jobs = jobs
+        self._ended = 0
+        self._json = log_format == "json"
+        self._bar = tqdm(total=0, unit="tile", disable=None if not self._json else True, smoothing=0.05, file=sys.stderr)
+        self._describe()
+
+    def progress(self, step: Progress) -> None:
+        if step.event == "planned":
+            self._bar.total += step.tiles
+            self._bar.refresh()
+        else:
+            self._bar.update(step.tiles)
+
+    def outcome(self, outcome: Outcome, model_name: str) -> None:
+        self._ended += 1
+        self._describe()
+        job, record = outcome.job, outcome.record
+        if self._json:
+            facts: dict[str, Any] = {
+                "event": "slide",
+                "slide": job.slide,
+                "id": job.slide_id,
+                "model": model_name,
+                "status": outcome.status,
+            }
+            facts |= {"reason": outcome.reason or "", "message": outcome.message, "before": outcome.before}
+            if record is not None:
+                facts |= {"tiles": record["tiles"], "tissue_mm2": record["tissue_mm2"], "seconds": record["seconds"]}
+            self.line(json.dumps(facts))
+        elif record is not None:
+            before = "   done before" if outcome.before else ""
+            tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2"
+            self.line(f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {record['seconds']:.1f} s{before}")
+        else:
+            again = "   (failed before; --retry-failed tries again)" if outcome.before else ""
+            self.line(f"failed    {job.slide_id}  {model_name}   {outcome.reason}: {outcome.message}{again}")
+
+    def line(self, text: str) -> None:
+        # Names of slides may hold bytes that are no text: shown escaped rather than failing the run.
+        self._bar.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def end(self, out: Path, failed: int, seconds: float) -> None:
+        if self._json:
+            print(json.dumps({"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}))
+            return
+        print(f"{self._ended - failed} of {self._jobs} done, {failed} failed, in {seconds:.1f} s: {out / 'summary.csv'}")
+        print(NOTICE)
+
+    def _describe(self) -> None:
+        self._bar.set_description(f"{self._ended}/{self._jobs} slides", refresh=False)
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One run an output. The kernel lets go of the lock when its holder dies, however it dies."""
+    folder = out / ".work"
+    make_folders(folder)
+    path = folder / "lock"
+    with output_faults(path):
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"another run writes to {out} ({file.read().strip()}); wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{out} cannot be locked ({error.strerror}); use a file system that supports flock"
+            ) from error
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event set by SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            os._exit(INTERRUPTED)
+        stop.set()
+
+    old: dict[signal.Signals, Callable[..., object] | int | None] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            old[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,121 @@
+"""What would run, and what would fail. Promise: slides are opened and planned as in a run, nothing is inferred or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pathology.errors import SlideError, UsageError
+from pathology.job import Job
+from pathology.model import ModelSpec
+from pathology.models import load_spec
+from pathology.plan import Plan, memory_bound
+from pathology.readers import open_slide
+from pathology.slide import SlideInfo
+from pathology.worker import plan_slide
+from pipelines.config import Settings, make_jobs
+from pipelines.slides import SlideEntry
+
+COLUMNS = ("id", "model", "px", "mpp", "from", "tissue mm2", "tiles", "regions", "again", "heatmap", "memory", "verdict")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One slide and model: what would be computed, or why it cannot be. Everything but `slide` may be unknown."""
+
+    slide: SlideEntry
+    info: SlideInfo | None = None
+    spec: ModelSpec | None = None
+    plan: Plan | None = None
+    heatmap_bytes: int = 0
+    memory_bytes: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
+    """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
+    specs = {ref: load_spec(ref) for ref in models}
+    for entry in slides:
+        try:
+            mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
+            with open_slide(entry.path, mpp, force=settings.force) as slide:
+                if not models:
+                    yield Verdict(entry, slide.info)
+                for job in make_jobs([entry], models, settings, "cpu") if models else []:
+                    spec = specs[job.model]
+                    _, plan = plan_slide(job, slide, spec)
+                    yield _verdict(entry, slide.info, spec, plan, job)
+        except SlideError as error:
+            yield Verdict(entry, reason=error.reason, message=str(error))
+
+
+def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job) -> Verdict:
+    height, width = plan.frame.shape
+    pyramid = 4 / 3 if max(height, width) > 256 else 1.0
+    stored = int(height * width * len(spec.classes) * 4 * pyramid)
+    memory = memory_bound(plan, spec, batch_size=job.batch_size, readers=job.readers)
+    return Verdict(entry, info, spec, plan, stored, memory)
+
+
+def row(verdict: Verdict) -> tuple[str, ...]:
+    """The verdict as text, one field per column of `COLUMNS`."""
+    info, plan, spec = verdict.info, verdict.plan, verdict.spec
+    if info is None:
+        return (verdict.slide.slide_id, *[""] * 10, f"FAILS {verdict.reason}: {verdict.message}")
+    facts = (f"{info.shape[1]} x {info.shape[0]}", f"{info.mpp:.4g}", info.mpp_source)
+    if plan is None or spec is None:
+        return (verdict.slide.slide_id, "", *facts, *[""] * 6, "opens")
+    return (
+        verdict.slide.slide_id,
+        spec.name,
+        *facts,
+        f"{plan.tissue_mm2:.2f}",
+        str(len(plan.tiles)),
+        str(len(plan.regions)),
+        f"{plan.recompute_share:.0%}",
+        size(verdict.heatmap_bytes),
+        size(verdict.memory_bytes),
+        "runs" if len(plan.tiles) else "runs, no tissue",
+    )
+
+
+def facts(verdict: Verdict) -> dict[str, object]:
+    """The verdict as JSON values."""
+    info, plan, spec = verdict.info, verdict.plan, verdict.spec
+    values: dict[str, object] = {"slide": str(verdict.slide.path), "id": verdict.slide.slide_id, "runs": info is not None}
+    if info is None:
+        return values | {"reason": str(verdict.reason), "message": verdict.message}
+    values |= {"shape": info.shape, "mpp": info.mpp, "mpp_source": info.mpp_source, "reader": info.reader}
+    if plan is None or spec is None:
+        return values
+    return values | {
+        "model": spec.name,
+        "tissue_mm2": plan.tissue_mm2,
+        "tiles": len(plan.tiles),
+        "regions": len(plan.regions),
+        "forward_passes": plan.forward_passes,
+        "recompute_share": plan.recompute_share,
+        "heatmap_shape": plan.frame.shape,
+        "heatmap_bytes": verdict.heatmap_bytes,
+        "memory_bytes": verdict.memory_bytes,
+    }
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows as lines with aligned columns; the first row is the head. Columns that are empty throughout are left out."""
+    if len(rows) < 2:
+        raise UsageError("a table needs a row below its head")
+    kept = [i for i in range(len(rows[0])) if any(r[i] for r in rows[1:])]
+    widths = {i: max(len(r[i]) for r in rows) for i in kept[:-1]}
+    for r in rows:
+        yield "  ".join([*(r[i].ljust(widths[i]) for i in kept[:-1]), r[kept[-1]]]).rstrip()

@@ -1,0 +1,279 @@
+"""The command `pathology`: parses, calls, prints. Promise: `--help` is instant, and an error is one line with its remedy.
+
+Heavy imports happen inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import click
+
+from pathology.errors import PathologyError
+
+EXIT_CODES = """\b
+Exit codes: 0 all well; 1 some slides failed; 2 usage or model; 3 output, disk or device; 75 interrupted, run the same again."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="pathology-pipeline")
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
+    """Whole-slide inference: slides in, exact whole-slide heatmaps out. Research use only."""
+    context.obj = debug
+
+
+def one_line_errors(command: Command) -> Command:
+    """Show a PathologyError as one line and leave with its exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except PathologyError as error:
+            if click.get_current_context().find_root().obj:
+                raise
+            from pipelines.batch import exit_code
+
+            click.echo(f"pathology: {_printable(error)}", err=True)
+            sys.exit(exit_code(error))
+
+    return cast(Command, wrapped)
+
+
+def job_options(command: Command) -> Command:
+    """Options that decide what is computed; the same for `run` and `check`."""
+    options = [
+        click.option("--slide-mpp", type=float, help="The slides' resolution in um per px, where files are silent or wrong."),
+        click.option("--force", is_flag=True, help="Take --slide-mpp though a file states something more than 10 % different."),
+        click.option(
+            "--overlap",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Overlap of neighbouring tiles: a share of the tile below 1, pixels at the model's mpp from 1 on.",
+        ),
+        click.option(
+            "--min-tissue", type=float, default=0.1, show_default=True, help="Share of a tile that must be tissue, 0 to 1."
+        ),
+        click.option(
+            "--tissue", type=click.Choice(["otsu", "none"]), default="otsu", show_default=True, help="How tissue is found."
+        ),
+        click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
+        click.option("--num-workers", type=int, help="Threads that read tiles, per worker process.  [default: all cores]"),
+        click.option("--limit", type=int, help="Only the first N slides."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("slides", nargs=-1, required=True, type=click.Path())
+@click.option("--model", "models", multiple=True, required=True, help="A model's name, folder or factory; several: repeat.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for results; run again to go on.")
+@job_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--threads", type=int, help="Torch threads on the CPU.  [default: all cores]")
+@click.option(
+    "--scheduler",
+    default="processes",
+    show_default=True,
+    help="sync, threads, processes (one worker per device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
+)
+@click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
+@click.option("--export", "exports", multiple=True, type=click.Choice(["csv", "qupath", "png"]), help="Write these as well.")
+@click.option("--overwrite", is_flag=True, help="Replace results made with other parameters or from other files.")
+@click.option("--retry-failed", is_flag=True, help="Try slides again that failed before.")
+@click.option("--max-failures", type=int, help="Stop after more than N failed slides.")
+@click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed slides.")
+@click.option("--strict", is_flag=True, help="Refuse a slide whose regions were computed in different environments.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@one_line_errors
+def run(
+    slides: tuple[str, ...],
+    models: tuple[str, ...],
+    device: str,
+    threads: int | None,
+    scheduler: str,
+    dashboard: str | None,
+    exports: tuple[str, ...],
+    retry_failed: bool,
+    max_failures: int | None,
+    allow_failures: int,
+    log_format: Literal["text", "json"],
+    limit: int | None,
+    overwrite: bool,
+    strict: bool,
+    **options: Any,
+) -> None:
+    """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv)."""
+    from pipelines.batch import Conduct, run_batch
+
+    conduct = Conduct(
+        scheduler=scheduler,
+        dashboard=dashboard,
+        exports=exports,
+        retry_failed=retry_failed,
+        max_failures=max_failures,
+        allow_failures=allow_failures,
+        log_format=log_format,
+    )
+    settings = _settings(**options, device=device, threads=threads, overwrite=overwrite, strict=strict)
+    sys.exit(run_batch(_slides(slides, limit, settings), models, settings, conduct))
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("slides", nargs=-1, required=True, type=click.Path())
+@click.option("--model", "models", multiple=True, help="Plan for this model; without one, slides are only opened.")
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+@one_line_errors
+def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, as_json: bool, **options: Any) -> None:
+    """Say what would run on SLIDES and what would fail: tiles, regions, bytes, memory, mpp and where it is from.
+
+    Infers nothing. "again": tiles computed twice because they straddle regions. "memory": of tiles and canvases in a
+    worker, beside libraries and the model.
+    """
+    from pipelines.check import COLUMNS, facts, row, table
+    from pipelines.check import check as verdicts
+
+    settings = _settings(**options, out=Path("out"))
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    fails = 0
+    for verdict in verdicts(_slides(slides, limit, settings), models, settings):
+        fails += verdict.info is None
+        rows.append(row(verdict))
+        if as_json:
+            click.echo(json.dumps(facts(verdict)))
+    if not as_json:
+        for line in table(rows):
+            click.echo(_printable(line))
+    sys.exit(1 if fails else 0)
+
+
+@main.command()
+@click.argument("slide", type=click.Path())
+@click.option("--slide-mpp", type=float, help="um per px, where the file is silent or wrong.")
+@click.option("--force", is_flag=True, help="Take --slide-mpp though the file states something more than 10 % different.")
+@click.option("--json", "as_json", is_flag=True)
+@one_line_errors
+def info(slide: str, slide_mpp: float | None, force: bool, as_json: bool) -> None:
+    """Show what is known of SLIDE: size, levels, resolution and its source, reader."""
+    from pathology.readers import open_slide
+
+    with open_slide(slide, slide_mpp, force=force) as opened:
+        known = asdict(opened.info)
+    if as_json:
+        click.echo(json.dumps(known))
+        return
+    known["shape"] = "{} x {} px (height x width)".format(*known["shape"])
+    known["mpp"] = f"{known['mpp']:.6g} um/px, from {known.pop('mpp_source')}"
+    shapes, downsamples = known.pop("level_shapes"), known.pop("level_downsamples")
+    for name, value in known.items():
+        click.echo(f"{name:<12} {'unknown' if value is None else value}")
+    for k, (shape, downsample) in enumerate(zip(shapes, downsamples, strict=True)):
+        click.echo(f"level {k:<6} {shape[0]} x {shape[1]} px, 1/{downsample:g}")
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+@one_line_errors
+def models(context: click.Context) -> None:
+    """List the models that are known; `add` and `show` them."""
+    if context.invoked_subcommand is None:
+        from pathology.models import known_models
+
+        for entry in known_models():
+            click.echo(f"{entry.name:<24} {entry.kind:<10} {entry.sha256[:12]}  {entry.path}".rstrip())
+
+
+@models.command("add")
+@click.argument("path", type=click.Path())
+@click.option("--trust", metavar="SHA256", help="The weights' sha256, as their publisher states it.")
+@click.option("--name", help="Another name than the folder's.")
+@one_line_errors
+def models_add(path: str, trust: str | None, name: str | None) -> None:
+    """Register the WSInfer model folder at PATH. Its weights run code when loaded, so they must be trusted by hash."""
+    from pathology.models import add_model
+
+    entry = add_model(path, trust, name)
+    click.echo(f"added {entry.name} ({entry.kind}, {entry.sha256[:12]}): pathology run SLIDES --model {entry.name} --out DIR")
+
+
+@models.command("show")
+@click.argument("model")
+@one_line_errors
+def models_show(model: str) -> None:
+    """Show the card of MODEL as JSON."""
+    from pathology.models import load_spec
+
+    click.echo(json.dumps(asdict(load_spec(model)), indent=2))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@one_line_errors
+def verify(folder: Path) -> None:
+    """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""
+    from pathology.verify import verify as differences
+
+    found = 0
+    for difference in differences(folder):
+        found += 1
+        click.echo(f"{difference.what:<11} {_printable(difference.path)}")
+    if found:
+        click.echo(f"{found} files differ; run with --overwrite to compute these results again", err=True)
+        sys.exit(1)
+    click.echo("all files are as they were written")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", "kinds", multiple=True, required=True, type=click.Choice(["csv", "qupath", "png"]))
+@click.option("--slide", "slide_id", help="Only the slide of this id.")
+@one_line_errors
+def export(folder: Path, kinds: tuple[str, ...], slide_id: str | None) -> None:
+    """Write tiles.csv, tiles.geojson (QuPath) or heatmap-<class>.png beside every result in FOLDER."""
+    from pathology.errors import UsageError
+    from pathology.export.result import export_result
+
+    results = sorted(path.parent for path in folder.glob(f"slides/{slide_id or '*'}/*/result.json"))
+    if not results:
+        raise UsageError(
+            f"{folder} holds no finished result{f' of slide {slide_id}' if slide_id else ''}; give a run's --out folder"
+        )
+    for result in results:
+        for kind in kinds:
+            for path in export_result(result, kind):
+                click.echo(_printable(path))
+
+
+def _settings(num_workers: int | None, **options: Any) -> Any:
+    from pipelines.config import Settings
+
+    return Settings(readers=num_workers, **options)
+
+
+def _slides(named: tuple[str, ...], limit: int | None, settings: Any) -> Any:
+    from pipelines.slides import find_slides
+
+    return find_slides(named, settings.out, pictures=settings.slide_mpp is not None)[:limit]
+
+
+def _printable(value: object) -> str:
+    """Text that any terminal takes: a file's name may hold bytes that are no text."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    main()
