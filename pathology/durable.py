@@ -15,6 +15,8 @@ from pathology.errors import EnvironmentFault
 
 # Errors of a disk or share, not of a slide.
 DISK_ERRORS = {
+    errno.EEXIST,
+    errno.ENOTDIR,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,

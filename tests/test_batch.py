@@ -1,0 +1,354 @@
+"""The command `run` over whole folders: typed failures, resume, refusals, exit codes, records."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from slides import cut, pyramid, smooth_pixels, write_tiff
+
+from pathology import open_heatmap
+from pathology.events import read_events
+from pipelines.cli import main
+
+MODEL = "pathology.testing:mean_colour?tile_px=64&mpp=0.5"
+
+
+def pathology(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def run(*arguments: object, model: str = MODEL) -> Result:
+    return pathology("run", "--model", model, "--scheduler", "sync", "--tissue", "none", "--threads", 1, *arguments)
+
+
+def rows(out: Path) -> dict[str, dict[str, str]]:
+    """The rows of summary.csv by the slide's path below the folder that holds all."""
+    with (out / "summary.csv").open(newline="") as file:
+        return {row["slide"]: row for row in csv.DictReader(file)}
+
+
+def manifests(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("slides/*/*/manifest.json"))}
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    return write_tiff(tmp_path / "one.svs", [smooth_pixels(300, 400)])
+
+
+@pytest.fixture
+def mixed_folder(tmp_path: Path) -> Path:
+    """Two good slides of one name, a slide of glass, and five that cannot be worked on."""
+    folder = tmp_path / "slides"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        write_tiff(folder / name / "s.svs", pyramid(smooth_pixels(700, 900, seed=ord(name)), (1, 4)))
+    write_tiff(folder / "glass.svs", [np.full((600, 500, 3), 244, np.uint8)])
+    (folder / "empty.svs").touch()
+    (folder / "text.svs").write_text("this is no slide\n" * 100)
+    for name, levels in (("cut-many.svs", (1, 4)), ("cut-one.tif", (1,))):
+        write_tiff(
+            folder / name,
+            pyramid(smooth_pixels(700, 900), levels),
+            aperio=name.endswith("svs"),
+            resolution=(20000, 20000, "CENTIMETER"),
+        )
+        cut(folder / name, 0.5)
+    write_tiff(folder / "no-mpp.svs", [smooth_pixels(300, 400)], mpp=None)
+    return folder
+
+
+def test_a_bad_slide_is_a_row_with_its_reason_and_never_the_end(mixed_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = pathology("run", mixed_folder, "--model", MODEL, "--out", out, "--scheduler", "sync", "--threads", 1)
+    assert done.exit_code == 1, done.output
+    found = {str(Path(name).relative_to(mixed_folder)): (row["status"], row["reason"]) for name, row in rows(out).items()}
+    assert found == {
+        "a/s.svs": ("ok", ""),
+        "b/s.svs": ("ok", ""),
+        "glass.svs": ("ok_empty", ""),
+        "empty.svs": ("failed", "empty_file"),
+        "text.svs": ("failed", "not_a_slide"),
+        "cut-many.svs": ("failed", "truncated"),
+        "cut-one.tif": ("failed", "truncated"),
+        "no-mpp.svs": ("failed", "no_mpp"),
+    }
+    assert "--slide-mpp" in next(r["message"] for r in rows(out).values() if r["reason"] == "no_mpp")
+    (glass,) = out.glob("slides/glass-*/mean-colour")
+    heatmap = open_heatmap(glass)
+    assert np.isnan(heatmap.levels[0].compute()).all()
+    assert json.loads((glass / "result.json").read_text())["classes"]["red"] == {"area_mm2": None, "max": None, "mean": None}
+    assert pathology("verify", out).exit_code == 0
+
+
+def test_the_good_slides_of_a_mixed_folder_are_those_of_a_good_one(mixed_folder: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    for name in ("a", "b"):
+        (alone / name).mkdir(parents=True)
+        shutil.copy(mixed_folder / name / "s.svs", alone / name / "s.svs")
+    assert run(mixed_folder, "--out", tmp_path / "mixed-out").exit_code == 1
+    assert run(alone, "--out", tmp_path / "alone-out").exit_code == 0
+    mixed = manifests(tmp_path / "mixed-out")
+    good = manifests(tmp_path / "alone-out")
+    assert len(good) == 2
+    assert {name: mixed[name] for name in good} == good
+
+
+def test_check_names_the_same_failures_and_writes_nothing(
+    mixed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = pathology("check", mixed_folder, "--model", MODEL, "--json")
+    assert done.exit_code == 1
+    verdicts = [json.loads(line) for line in done.output.splitlines()]
+    reasons = {str(Path(v["slide"]).relative_to(mixed_folder)): v.get("reason", "") for v in verdicts}
+    assert reasons["a/s.svs"] == reasons["b/s.svs"] == reasons["glass.svs"] == ""
+    assert reasons["empty.svs"] == "empty_file"
+    assert reasons["cut-one.tif"] == reasons["cut-many.svs"] == "truncated"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_finished_work_is_kept_and_not_done_again(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(slide, "--out", out).exit_code == 0
+    first, starts = manifests(out), sum(e["event"] == "region-start" for e in read_events(out))
+    again = run(slide, "--out", out)
+    assert again.exit_code == 0
+    assert "done before" in again.output
+    assert manifests(out) == first
+    assert sum(e["event"] == "region-start" for e in read_events(out)) == starts
+
+
+def test_other_parameters_are_refused_with_the_difference_and_overwrite_replaces(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(slide, "--out", out).exit_code == 0
+    first = manifests(out)
+    refused = run(slide, "--out", out, "--overlap", 0.5)
+    assert refused.exit_code == 2
+    assert "stride_px 64 -> 32" in refused.output
+    assert manifests(out) == first
+    assert run(slide, "--out", out, "--overlap", 0.5, "--overwrite").exit_code == 0
+    assert json.loads(next(iter(manifests(out).values())))["fields"]["stride_px"] == 32
+    assert pathology("verify", out).exit_code == 0
+
+
+def test_a_changed_slide_is_refused_by_row(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(slide, "--out", out).exit_code == 0
+    write_tiff(slide, [smooth_pixels(300, 400, seed=9)])
+    done = run(slide, "--out", out)
+    assert done.exit_code == 1
+    assert "changed" in done.output
+    assert run(slide, "--out", out, "--overwrite").exit_code == 0
+
+
+def test_a_damaged_result_is_named_by_verify_and_replaced_by_overwrite(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(slide, "--out", out).exit_code == 0
+    first = manifests(out)
+    (shard,) = out.glob("slides/*/*/heatmap.ome.zarr/0/c/0/0/0")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    done = pathology("verify", out)
+    assert done.exit_code == 1
+    assert "changed" in done.output
+    assert "heatmap.ome.zarr/0/c/0/0/0" in done.output
+    shard.write_bytes(b"")
+    assert "damaged" in run(slide, "--out", out).output
+    assert run(slide, "--out", out, "--overwrite", "--retry-failed").exit_code == 0
+    assert manifests(out) == first
+
+
+def test_a_failure_stands_until_something_about_it_changes(tmp_path: Path) -> None:
+    slide, out = write_tiff(tmp_path / "s.svs", [smooth_pixels(300, 400)], mpp=None), tmp_path / "out"
+    assert run(slide, "--out", out).exit_code == 1
+    assert "failed before" in run(slide, "--out", out).output
+    assert "failed before" not in run(slide, "--out", out, "--retry-failed").output
+    assert run(slide, "--out", out, "--slide-mpp", 0.5).exit_code == 0
+    assert [r["status"] for r in rows(out).values()] == ["ok"]
+
+
+def test_failures_are_counted_against_their_limits(tmp_path: Path) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for k in range(3):
+        (folder / f"{k}.svs").touch()
+    assert run(folder, "--out", tmp_path / "a", "--allow-failures", 3).exit_code == 0
+    assert run(folder, "--out", tmp_path / "b", "--allow-failures", 2).exit_code == 1
+    done = run(folder, "--out", tmp_path / "c", "--max-failures", 1)
+    assert done.exit_code == 1
+    assert len(rows(tmp_path / "c")) == 2
+
+
+def test_a_slide_list_gives_ids_resolutions_and_columns(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "x.svs", [smooth_pixels(300, 400)], mpp=None)
+    (tmp_path / "list.csv").write_text("wsi,slide_mpp,id,site\nx.svs,0.5,patient 7,north\n")
+    out = tmp_path / "out"
+    assert run(tmp_path / "list.csv", "--out", out).exit_code == 0
+    (row,) = rows(out).values()
+    assert (row["id"], row["site"]) == ("patient-7", "north")
+    assert (out / "slides" / "patient-7").is_dir()
+    shutil.rmtree(out / ".work")
+    assert run(tmp_path / "list.csv", "--out", out).exit_code == 0
+    assert next(iter(rows(out).values()))["site"] == "north"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("name\nx.svs\n", "needs one named slide"),
+        ("slide,slide_mpp\nx.svs,half\n", "line 2: slide_mpp 'half' is no number"),
+        ("slide,id\nx.svs,a\ny.svs,A\n", "both be called"),
+        ("slide\n\n", "no slide found"),
+    ],
+)
+def test_a_broken_slide_list_is_one_line(text: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    done = run(tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert what in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+def test_equal_names_given_one_by_one_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tiff(tmp_path / name / "s.svs", [smooth_pixels(128, 128)])
+    done = run(tmp_path / "a" / "s.svs", tmp_path / "b" / "s.svs", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "slide list" in done.output
+
+
+def test_two_models_in_one_run(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(slide, "--out", out, "--model", "pathology.testing:constant?tile_px=32&value=0.25")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.parent.name for p in out.glob("slides/*/*/manifest.json")) == ["constant", "mean-colour"]
+    with (out / "summary.csv").open(newline="") as file:
+        table = {row["model"]: row for row in csv.DictReader(file)}
+    assert table["constant"]["constant_mean"] == "0.25"
+    assert table["constant"]["red_mean"] == ""
+
+
+def test_exports_lie_beside_the_result_and_do_not_disturb_verify(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(slide, "--out", out, "--export", "csv", "--export", "qupath", "--export", "png").exit_code == 0
+    (folder,) = out.glob("slides/*/*/")
+    first = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert {"tiles.csv", "tiles.geojson", "heatmap-red.png"} <= set(first)
+    for name in ("tiles.csv", "tiles.geojson", "heatmap-red.png"):
+        (folder / name).unlink()
+    assert pathology("export", out, "--to", "csv", "--to", "qupath", "--to", "png").exit_code == 0
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == first
+    assert pathology("verify", out).exit_code == 0
+
+
+def test_a_model_must_be_named(slide: Path, tmp_path: Path) -> None:
+    done = pathology("run", slide, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "--model" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--model", "nobody"), "not known"),
+        (("--overlap", "64"), "overlap"),
+        (("--min-tissue", "2"), "min tissue"),
+        (("--batch-size", "0"), "batch size"),
+        (("--scheduler", "cloud"), "unknown"),
+        (("--device", "tpu"), "not known"),
+    ],
+)
+def test_a_bad_option_is_one_line_with_exit_2(arguments: tuple[str, ...], what: str, slide: Path, tmp_path: Path) -> None:
+    done = run(slide, "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 2, done.output
+    assert what in done.output.splitlines()[-1]
+
+
+def test_a_vanished_share_is_the_machines_fault_and_fails_no_slide(slide: Path, tmp_path: Path) -> None:
+    share = tmp_path / "share"
+    share.mkdir()
+    (tmp_path / "list").mkdir()
+    write_tiff(share / "s.svs", [smooth_pixels(300, 400)])
+    out = tmp_path / "out"
+    from pathology.job import Job
+    from pathology.run import run as run_jobs
+
+    job = Job(slide=str(share / "s.svs"), slide_id="s", root=str(share), model=MODEL, out=str(out))
+    shutil.rmtree(share)
+    from pathology.errors import EnvironmentFault
+
+    with pytest.raises(EnvironmentFault, match="gone or empty"):
+        list(run_jobs([job], "sync"))
+
+
+def test_an_output_that_cannot_be_written_is_exit_3(slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(slide, "--out", tmp_path / "file" / "out")
+    assert done.exit_code == 3, done.output
+    assert len(done.output.splitlines()) == 1
+
+
+def test_a_second_run_on_one_output_is_refused(slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".work").mkdir(parents=True)
+    with (out / ".work" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run(slide, "--out", out)
+    assert done.exit_code == 2
+    assert "another run" in done.output
+    assert run(slide, "--out", out).exit_code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes are POSIX's")
+def test_names_that_are_no_text_run(tmp_path: Path) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write_tiff(folder / "plain.svs", [smooth_pixels(128, 128)])
+    names = [b"sp ace.svs", b"new\nline.svs", b"quote'\".svs", b"-dash.svs", b"\xff.svs", "ärztin.svs".encode()]
+    for name in names:
+        shutil.copy(folder / "plain.svs", os.path.join(os.fsencode(folder), name))  # noqa: PTH118  # bytes, which Path is not
+    done = run(folder, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert len(manifests(tmp_path / "out")) == 1 + len(names)
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    slide = write_tiff(tmp_path / "s.svs", [smooth_pixels(1200, 1200)])
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(slide), "--tissue", "none", "--batch-size", "4"]
+    command += ["--model", "pathology.testing:mean_colour?tile_px=16&mpp=0.5"]
+    undisturbed = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=False)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    out = tmp_path / "out"
+    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not any(e["event"] == "region-done" for e in read_events(out)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert time.monotonic() - asked < 12
+    assert not manifests(out)
+    assert subprocess.run([*command, "--out", str(out)], capture_output=True, check=False).returncode == 0
+    assert manifests(out) == manifests(tmp_path / "whole")
+    done = [(e["region"]) for e in read_events(out) if e["event"] == "region-done"]
+    assert len(done) == len(set(done))
