@@ -94,8 +94,8 @@ class Work:
         write_file(self._path(region.index, "json"), _json(marker))
 
     def marker(self, index: int) -> dict[str, Any]:
-        """The marker of a region that is done: {counts, environment, ...}. Raises UsageError if it is not done."""
-        marker = self._done(index)
+        """The marker of a region: {sha256, counts, environment, ...}. Raises UsageError if there is none of this work."""
+        marker = self._marker(index)
         if marker is None:
             raise UsageError(
                 f"region {index} of slide {self.folder.parent.name} is not done; run the same command again to compute it"
@@ -121,10 +121,16 @@ class Work:
             sync_folder(self.folder)
             shutil.rmtree(self.folder)
 
-    def _done(self, index: int) -> dict[str, Any] | None:
+    def _marker(self, index: int) -> dict[str, Any] | None:
+        """The marker that names this key and plan; None where there is none. Says nothing of the staged bytes."""
         marker = self._read(self._path(index, "json"))
         expected = {"schema": SCHEMA, "key": self.key, "plan": self._plan_sha256, "region": index}
-        if marker is None or any(marker.get(name) != value for name, value in expected.items()):
+        return None if marker is None or any(marker.get(k) != v for k, v in expected.items()) else marker
+
+    def _done(self, index: int) -> dict[str, Any] | None:
+        """The marker, if the staged bytes are the ones it names."""
+        marker = self._marker(index)
+        if marker is None:
             return None
         try:
             data = self._path(index, "npy").read_bytes()

@@ -6,6 +6,7 @@ A process keeps its slides and its predictor open between calls.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import OrderedDict
@@ -119,7 +120,7 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     pool = None if in_order else _pool(job.readers)
     scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool, job.readers)
     counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
-    work.put(region, scores, counts, environment(job.device))
+    work.put(region, scores, counts, _environment(job.device, job.threads))
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
 
@@ -257,6 +258,12 @@ def _model(job: Job) -> Model:
         if name not in _kept.models:
             _kept.models[name] = load_model(job.model, job.device)
         return _kept.models[name]
+
+
+@functools.cache
+def _environment(device: str, threads: int) -> dict[str, str | int]:
+    """`environment`, asked once for each; torch has been told of `threads` when its first model was loaded."""
+    return environment(device)
 
 
 def _predict(job: Job, in_order: bool) -> Predict:

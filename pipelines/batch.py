@@ -97,6 +97,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
         finally:
             report.close()
             write_summary(out)
+            _sweep(out / ".work")
         emit(out, "run-end", {"failed": failed})
     report.end(out, failed, time.monotonic() - began)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
@@ -115,6 +116,13 @@ def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
     for kind in exports:
         with output_faults(job.result_folder(model_name)):
             export_result(job.result_folder(model_name), kind)
+
+
+def _sweep(work: Path) -> None:
+    """Remove the folders of slides that have no unfinished work left."""
+    for folder in work.iterdir():
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class _Report:

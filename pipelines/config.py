@@ -43,7 +43,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             slide_id=slide.slide_id,
             root=str(slide.root),
             model=model,
-            out=str(settings.out),
+            out=str(settings.out.absolute()),
             slide_mpp=slide.slide_mpp if slide.slide_mpp is not None else settings.slide_mpp,
             force=settings.force,
             overlap=settings.overlap,

@@ -1,4 +1,4 @@
-"""From what the user named to slides: files, folders, slide lists. Promise: each has an id of its own, or the run is refused."""
+"""From what the user named to slides: files, folders, slide lists. Promise: each has an id of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
     Raises UsageError for equal ids, for a broken slide list, and where nothing is found.
     """
     entries: list[SlideEntry] = []
-    for name in map(Path, named):
+    for name in (Path(n).absolute() for n in named):  # a worker elsewhere has another working directory
         if name.is_dir():
             entries += _folder(name, out, SUFFIXES | PICTURES if pictures else SUFFIXES)
         elif name.suffix.lower() == ".csv":

@@ -329,20 +329,26 @@ def test_names_that_are_no_text_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked_by", ["sigterm to the command", "ctrl-c in a terminal"])
+def test_a_signal_drains_and_the_same_command_goes_on(asked_by: str, tmp_path: Path) -> None:
     slide = write_tiff(tmp_path / "s.svs", [smooth_pixels(1200, 1200)])
     command = [sys.executable, "-m", "pipelines.cli", "run", str(slide), "--tissue", "none", "--batch-size", "4"]
     command += ["--model", "pathology.testing:mean_colour?tile_px=16&mpp=0.5"]
     undisturbed = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=False)
     assert undisturbed.returncode == 0, undisturbed.stderr
     out = tmp_path / "out"
-    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not any(e["event"] == "region-done" for e in read_events(out)):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    if asked_by.startswith("ctrl-c"):
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to workers as well
+    else:
+        process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
