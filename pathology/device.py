@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ def nvidia_present(system: Path = Path("/"), environment: Mapping[str, str] = os
     return listing.returncode == 0 and "GPU " in listing.stdout
 
 
+def accelerator_possible(system: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torch is worth asking for an accelerator, answered without importing it: NVIDIA, AMD (/dev/kfd), or Apple."""
+    return sys.platform == "darwin" or (system / "dev/kfd").exists() or nvidia_present(system, environment)
+
+
 def choose_device(name: str = "auto", facts: TorchFacts | None = None, nvidia: bool | None = None) -> str:
     """The device for `name`, one of "auto", "cpu", "cuda", "cuda:N", "mps": a name that torch takes.
 
@@ -73,6 +79,8 @@ def choose_device(name: str = "auto", facts: TorchFacts | None = None, nvidia: b
         raise UsageError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps")
     if name == "cpu":
         return name
+    if name == "auto" and facts is None and nvidia is None and not accelerator_possible():
+        return "cpu"  # importing torch, only to hear this, takes longer than the rest of the command's start
     facts = facts or torch_facts()
     if facts.cuda_count == 0 and (nvidia_present() if nvidia is None else nvidia):
         why = "sees none: check the driver" if facts.cuda_build else "is built without CUDA: install a CUDA build of torch"

@@ -19,7 +19,16 @@ from pathology.cores import (
     parse_cpu_quota,
     parse_stat,
 )
-from pathology.device import TorchFacts, choose_device, device_count, environment, nvidia_present, set_exact, set_threads
+from pathology.device import (
+    TorchFacts,
+    accelerator_possible,
+    choose_device,
+    device_count,
+    environment,
+    nvidia_present,
+    set_exact,
+    set_threads,
+)
 from pathology.errors import EnvironmentFault, UsageError
 
 CPU_TORCH = TorchFacts("2.13.0+cpu", cuda_build=False, cuda_count=0, mps=False)
@@ -255,3 +264,10 @@ def test_memory_is_what_machine_and_cgroups_leave(tmp_path: Path, files: dict[st
 def test_this_machine_has_cores_and_memory() -> None:
     assert 1 <= core_count() <= (os.cpu_count() or 1)
     assert memory_limit_bytes() > 0
+
+
+def test_a_machine_without_accelerators_is_known_without_torch(tmp_path: Path) -> None:
+    assert not accelerator_possible(tmp_path, {"PATH": ""})
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "kfd").touch()
+    assert accelerator_possible(tmp_path, {"PATH": ""})
