@@ -182,8 +182,8 @@ def _block(grid: TileGrid, spec: ModelSpec) -> int:
 
 
 def canvas_pixel_bytes(classes: int) -> int:
-    """Memory per heatmap pixel of a region at work: float64 sums and weights, and the float32 answer."""
-    return classes * (8 + 4) + 8
+    """Memory per heatmap pixel of a region at work: float64 sums and weights, the float32 answer, and where there is one."""
+    return classes * (8 + 4) + 8 + 1
 
 
 def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, regions: int = 2) -> int:

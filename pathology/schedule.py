@@ -150,11 +150,15 @@ def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
         }
     )
     place: dict[str, Any] = {"host": "127.0.0.1", "port": 0} if processes else {"protocol": "inproc://"}
-    address = None if dashboard is None else f"127.0.0.1:{dashboard.rpartition(':')[2]}"
-    scheduler = {"cls": Scheduler, "options": {**place, "dashboard": address is not None, "dashboard_address": address}}
+    # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that
+    # it is taken), and on the machine's outer address where its protocol is inproc.
+    quiet = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    port = (dashboard or "").rpartition(":")[2]
+    shown = quiet if dashboard is None else {"dashboard": True, "dashboard_address": f"127.0.0.1:{port}"}
+    scheduler = {"cls": Scheduler, "options": {**place, **shown}}
     workers: dict[int, dict[str, Any]] = {}
     for device in range(devices if processes else 1):
-        options: dict[str, Any] = {**place, "nthreads": REGIONS_A_WORKER, "memory_limit": 0, "dashboard": False}
+        options: dict[str, Any] = {**place, "nthreads": REGIONS_A_WORKER, "memory_limit": 0, **quiet}
         if processes and devices > 1:
             options["env"] = {"CUDA_VISIBLE_DEVICES": str(device)}
         workers[device] = {"cls": Nanny if processes else Worker, "options": options}

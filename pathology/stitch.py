@@ -53,5 +53,7 @@ class Canvas:
 
     def mean(self) -> NDArray[np.float32]:
         """(C, H, W) float32 weighted means; NaN where no tile fell."""
-        with np.errstate(invalid="ignore"):
-            return (self._sums / self._weights).astype(np.float32)
+        # Divided in float64 and rounded once, piece by piece: no second float64 canvas. Where nothing fell the NaN is the
+        # one that every array here is filled with, not that of 0/0, whose sign depends on the processor.
+        mean = np.full(self._sums.shape, np.nan, np.float32)
+        return np.divide(self._sums, self._weights, out=mean, where=self._weights > 0, casting="same_kind")

@@ -104,8 +104,9 @@ class Work:
 
     def load(self, index: int) -> NDArray[np.float32]:
         """The (C, H, W) float32 result of a region that is done; its hash is checked on the bytes that are returned."""
-        data = self._path(index, "npy").read_bytes()
-        if _sha256(data) != self.marker(index)["sha256"]:
+        marker, path = self.marker(index), self._path(index, "npy")
+        data = path.read_bytes() if path.exists() else b""
+        if _sha256(data) != marker["sha256"]:
             raise UsageError(
                 f"region {index} of slide {self.folder.parent.name} has changed on disk; run the same command again"
             )

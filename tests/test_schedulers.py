@@ -1,0 +1,213 @@
+"""Every scheduler gives the bytes of the sequential loop, and a dying worker costs at most its own slide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import pathology
+from pathology.errors import EnvironmentFault, ModelError, Reason, UsageError
+from pathology.finish import read_manifest
+from pathology.result import open_heatmap
+from pathology.run import Interrupted, Progress, run
+from pathology.schedule import open_tasks
+from pathology.store import STORE_NAME
+from pathology.verify import verify
+from tests.crashing import POISON
+from tests.slides import noise_pixels, write_tiff
+
+
+def test_the_reference_is_the_slide_itself(reference: Path) -> None:
+    heatmap = open_heatmap(reference / STORE_NAME)
+    scores = heatmap.read(0, pathology.Box(0, 0, 200, 170))
+    assert np.array_equal(scores, noise_pixels(200, 170).transpose(2, 0, 1).astype(np.float32))
+
+
+def test_the_record_names_its_manifest(reference: Path) -> None:
+    record = json.loads((reference / "result.json").read_bytes())
+    assert record["manifest_sha256"] == hashlib.sha256((reference / "manifest.json").read_bytes()).hexdigest()
+    assert (record["status"], record["tiles"], record["regions"]) == ("ok", 120, 12)
+
+
+def test_the_manifest_holds_no_time_host_or_path(reference: Path, reference_job: pathology.Job) -> None:
+    record = json.loads((reference / "result.json").read_bytes())
+    text = (reference / "manifest.json").read_text()
+    for private in (record["host"], Path(reference_job.slide).name, reference_job.out, str(int(record["finished"]))):
+        assert private not in text
+
+
+@pytest.fixture(scope="module")
+def outside() -> Iterator[str]:
+    """The address of a scheduler with two worker processes that runs before and after."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=True,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        memory_limit=0,
+        silence_logs=50,
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def same_bytes(job: pathology.Job, scheduler: str, reference: Path) -> None:
+    seen: list[Progress] = []
+    (outcome,) = run([job], scheduler, progress=seen.append)
+    assert (outcome.status, outcome.reason, outcome.before) == ("ok", None, False)
+    folder = job.result_folder("identity")
+    assert (folder / "manifest.json").read_bytes() == (reference / "manifest.json").read_bytes()
+    assert list(verify(job.out)) == []
+    assert not job.work_folder("identity").exists()
+    planned = [p.tiles for p in seen if p.event == "planned"]
+    regions = [p.tiles for p in seen if p.event == "region"]
+    assert len(regions) == 12
+    assert planned == [sum(regions)]
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+def test_local_schedulers_equal_the_reference(
+    scheduler: str, reference: Path, reference_job: pathology.Job, tmp_path: Path
+) -> None:
+    same_bytes(replace(reference_job, out=str(tmp_path)), scheduler, reference)
+
+
+def test_an_outside_scheduler_equals_the_reference(
+    outside: str, reference: Path, reference_job: pathology.Job, tmp_path: Path
+) -> None:
+    same_bytes(replace(reference_job, out=str(tmp_path)), outside, reference)
+
+
+@pytest.mark.parametrize("change", [{"block": 7}, {"block": 100}, {"batch_size": 3}, {"readers": 1}])
+def test_how_the_work_is_cut_changes_no_byte(
+    change: dict[str, int], reference: Path, reference_job: pathology.Job, tmp_path: Path
+) -> None:
+    job = replace(reference_job, out=str(tmp_path), **change)
+    (outcome,) = run([job], "sync")
+    assert outcome.status == "ok"
+    manifest, expected = read_manifest(job.result_folder("identity")), read_manifest(reference)
+    assert manifest == expected
+
+
+def test_finished_work_is_not_done_again(reference: Path, reference_job: pathology.Job) -> None:
+    before = (reference / "result.json").stat()
+    seen: list[Progress] = []
+    (outcome,) = run([reference_job], "sync", progress=seen.append)
+    assert (outcome.status, outcome.before, seen) == ("ok", True, [])
+    assert (reference / "result.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(reference: Path, reference_job: pathology.Job, tmp_path: Path) -> None:
+    job, stop, seen = replace(reference_job, out=str(tmp_path)), threading.Event(), []
+
+    def watch(progress: Progress) -> None:
+        seen.append(progress.event)
+        if seen.count("region") == 5:
+            stop.set()
+
+    with pytest.raises(Interrupted, match="run the same command again"):
+        list(run([job], "sync", progress=watch, stop=stop))
+    left: list[Progress] = []
+    (outcome,) = run([job], "sync", progress=left.append)
+    assert outcome.status == "ok"
+    assert [p.event for p in left].count("region") == 7
+    assert read_manifest(job.result_folder("identity")) == read_manifest(reference)
+
+
+def test_another_parameter_is_refused_with_the_difference(reference: Path, reference_job: pathology.Job) -> None:
+    with pytest.raises(
+        UsageError, match=r"was made otherwise \(stride_px 16 -> 32\); choose another --out or pass --overwrite"
+    ):
+        list(run([replace(reference_job, overlap=0)], "sync"))
+    assert list(verify(reference)) == []
+
+
+@pytest.mark.parametrize("scheduler", ["thread", "", "http://127.0.0.1:1"])
+def test_an_unknown_scheduler_is_refused(scheduler: str) -> None:
+    with pytest.raises(UsageError, match="is unknown; use sync, threads, processes or tcp://HOST:PORT"):
+        open_tasks(scheduler)
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+def test_nothing_listens_beyond_loopback(scheduler: str) -> None:
+    with closing(open_tasks(scheduler)) as tasks:
+        tasks.submit("seven", int, "7")
+        assert tasks.done.get(timeout=60).value == 7
+        me = psutil.Process()
+        listening = {
+            c.laddr.ip
+            for process in (me, *me.children(recursive=True))
+            for c in process.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        }
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> list[pathology.Job]:
+    """Jobs of a good slide, one with a tile that ends the process, and another good one."""
+    jobs = []
+    for name in ("good", "poisoned", "other"):
+        pixels = noise_pixels(128, 160, seed=len(jobs))
+        if name == "poisoned":
+            pixels[64, 96] = POISON
+        path = write_tiff(tmp_path / f"{name}.tiff", [pixels])
+        jobs.append(
+            pathology.Job(
+                slide=str(path),
+                slide_id=name,
+                root=str(tmp_path),
+                model="tests.crashing:fragile",
+                out=str(tmp_path / "out"),
+                block=2,
+                tissue="none",
+                batch_size=4,
+            )
+        )
+    return jobs
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_once_costs_nothing(poisoned: list[pathology.Job], tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    jobs = [replace(job, model=f"tests.crashing:fragile?flag={flag}") for job in poisoned]
+    outcomes = {o.job.slide_id: (o.status, o.message) for o in run(jobs, "processes")}
+    assert flag.exists(), "no worker died"
+    assert outcomes == dict.fromkeys(("good", "poisoned", "other"), ("ok", ""))
+    assert list(verify(tmp_path / "out")) == []
+
+
+@pytest.mark.slow
+def test_a_slide_that_kills_its_worker_twice_fails_alone(poisoned: list[pathology.Job], tmp_path: Path) -> None:
+    outcomes = {o.job.slide_id: (o.status, o.reason) for o in run(poisoned, "processes")}
+    assert outcomes == {"good": ("ok", None), "poisoned": ("failed", Reason.CRASHED), "other": ("ok", None)}
+    assert list(verify(tmp_path / "out")) == []
+
+
+def test_a_model_that_does_not_load_ends_the_run_before_the_first_slide(reference_job: pathology.Job, tmp_path: Path) -> None:
+    job = replace(reference_job, model="tests.crashing:nothing", out=str(tmp_path))
+    with pytest.raises(ModelError, match="has no callable nothing"):
+        list(run([job], "sync"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scheduler_that_does_not_answer_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("timed out")
+
+    monkeypatch.setattr(distributed, "Client", refuse)
+    with pytest.raises(EnvironmentFault, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
+        open_tasks("tcp://127.0.0.1:1")
