@@ -17,13 +17,13 @@ from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reaso
 
 if TYPE_CHECKING:
     from pathology.geometry import Box as Box
+    from pathology.integrity import verify as verify
     from pathology.job import Job as Job
     from pathology.models import load_model as load_model
     from pathology.plan import make_plan as make_plan
     from pathology.readers import open_slide as open_slide
     from pathology.result import open_heatmap as open_heatmap
-    from pathology.run import run as run
-    from pathology.verify import verify as verify
+    from pathology.runner import run as run
 
 _WHERE = {
     "Box": "geometry",
@@ -32,8 +32,8 @@ _WHERE = {
     "make_plan": "plan",
     "open_heatmap": "result",
     "open_slide": "readers",
-    "run": "run",
-    "verify": "verify",
+    "run": "runner",
+    "verify": "integrity",
 }
 
 __all__ = [  # noqa: RUF022  # what a user calls first, then what may go wrong
@@ -55,7 +55,6 @@ __all__ = [  # noqa: RUF022  # what a user calls first, then what may go wrong
 
 
 def __getattr__(name: str) -> Any:
-    # A submodule of the same name (`pathology.run`) takes the attribute's place once it is imported; set it ourselves.
     if name not in _WHERE:
         raise AttributeError(f"module 'pathology' has no attribute {name!r}")
     value = getattr(import_module(f"pathology.{_WHERE[name]}"), name)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pathology.durable import make_folders, output_faults
 from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError
 from pathology.events import emit
-from pathology.run import Interrupted, Outcome, Progress
+from pathology.runner import Interrupted, Outcome, Progress
 from pipelines.config import Settings, make_jobs
 from pipelines.slides import SlideEntry
 from pipelines.summary import clear_failure, read_failure, write_failure, write_summary
@@ -58,7 +58,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on."""
     from pathology.device import choose_device, device_count
     from pathology.models import load_spec
-    from pathology.run import run
+    from pathology.runner import run
 
     began = time.monotonic()
     specs = {ref: load_spec(ref) for ref in models}

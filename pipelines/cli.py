@@ -225,7 +225,7 @@ def models_show(model: str) -> None:
 @one_line_errors
 def verify(folder: Path) -> None:
     """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""
-    from pathology.verify import verify as differences
+    from pathology.integrity import verify as differences
 
     found = 0
     for difference in differences(folder):

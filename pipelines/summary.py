@@ -15,7 +15,7 @@ from pathology.durable import make_folders, write_file
 from pathology.errors import Reason
 from pathology.finish import RESULT, read_record
 from pathology.job import Job, key_of
-from pathology.run import Outcome
+from pathology.runner import Outcome
 
 SCHEMA = 1
 FAILED = "failed.json"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 import pathology
-from pathology.run import run
+from pathology.runner import run
 from tests.slides import noise_pixels, write_tiff
 
 settings.register_profile("tests", deadline=None)

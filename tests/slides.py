@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 TILE_PX = 128
+THUMBNAIL = "Aperio Image Library v0\r\nthumbnail"
 
 
 def smooth_pixels(height: int, width: int, seed: int = 0) -> Pixels:
@@ -80,7 +81,12 @@ def write_tiff(
                 resolutionunit=resolution[2] if resolution and number == 0 else None,
             )
             if aperio and number == 0:
-                _strip(tiff, pyramid(level, [max(1, max(level.shape) // 64)])[0], "Aperio Image Library v0\r\nthumbnail", 0)
+                _strip(
+                    tiff,
+                    pyramid(level, [max(1, min(max(level.shape) // 64, *level.shape[:2]))])[0],
+                    "Aperio Image Library v0\r\nthumbnail",
+                    0,
+                )
         for name, picture, kind in (("label", label, 1), ("macro", macro, 9)):
             if picture is not None:
                 _strip(tiff, picture, f"Aperio Image Library v0\r\n{name} {picture.shape[1]}x{picture.shape[0]}", kind)

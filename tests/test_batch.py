@@ -287,7 +287,7 @@ def test_a_vanished_share_is_the_machines_fault_and_fails_no_slide(slide: Path, 
     write_tiff(share / "s.svs", [smooth_pixels(300, 400)])
     out = tmp_path / "out"
     from pathology.job import Job
-    from pathology.run import run as run_jobs
+    from pathology.runner import run as run_jobs
 
     job = Job(slide=str(share / "s.svs"), slide_id="s", root=str(share), model=MODEL, out=str(out))
     shutil.rmtree(share)

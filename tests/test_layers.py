@@ -61,11 +61,11 @@ ORDER = [
     "pathology.export.qupath",
     "pathology.export",
     "pathology.finish",
-    "pathology.verify",
+    "pathology.integrity",
     "pathology.export.result",
     "pathology.worker",
     "pathology.schedule",
-    "pathology.run",
+    "pathology.runner",
     "pathology",
     "pipelines",
     "pipelines.slides",
@@ -178,3 +178,11 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == ""
+
+
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    """`pathology.run` must stay the function after anyone imported a module: no module may have a public name's name."""
+    import pathology
+
+    modules = {path.stem for path in (ROOT / "pathology").iterdir()}
+    assert not modules & set(pathology.__all__)

@@ -227,7 +227,7 @@ def test_density_follows_counted_nuclei_of_a_real_field() -> None:
     from scipy.stats import spearmanr
 
     field = histolytics_field()
-    rgb, instances = field.rgb, field.instances
+    rgb, instances = field.pixels, field.instances
     side, rows, columns = 100, rgb.shape[0] // 100, rgb.shape[1] // 100
     ids, flat = np.unique(instances, return_inverse=True)
     y, x = np.indices(instances.shape)
@@ -566,7 +566,7 @@ def test_python_model_hash_follows_its_source(tmp_path: Path, monkeypatch: pytes
             "pathology.testing:constant?tilepx=3",
             "unexpected keyword argument 'tilepx'; it takes tile_px, mpp, output_px, value",
         ),
-        ("pathology.testing:constant?tile_px=-4", "do not fit together"),
+        ("pathology.testing:constant?tile_px=-4", "do not fit"),
         ("pathology.testing:constant?mpp=fine", "factory failed with TypeError"),
     ],
 )

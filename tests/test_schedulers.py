@@ -17,11 +17,11 @@ import pytest
 import pathology
 from pathology.errors import EnvironmentFault, ModelError, Reason, UsageError
 from pathology.finish import read_manifest
+from pathology.integrity import verify
 from pathology.result import open_heatmap
-from pathology.run import Interrupted, Progress, run
+from pathology.runner import Interrupted, Progress, run
 from pathology.schedule import open_tasks
 from pathology.store import STORE_NAME
-from pathology.verify import verify
 from tests.crashing import POISON
 from tests.slides import noise_pixels, write_tiff
 

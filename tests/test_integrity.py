@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pathology.errors import UsageError
-from pathology.verify import verify
+from pathology.integrity import verify
 
 
 @pytest.fixture
