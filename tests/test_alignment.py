@@ -74,9 +74,11 @@ def off_by(centres: NDArray[np.float64], scores: NDArray[np.float64], side: floa
     reach = side / 2 + MARGIN
     y, x = centres.T
     errors = np.full((3, len(centres)), np.nan)
-    for channel, position, shift, extent in ((0, x, 0.0, WIDTH), (1, y, 0.0, HEIGHT), (2, x, HALF / 2, WIDTH)):
+    # Beside the slide all is white, in every channel.
+    inside = (y > reach) & (y < HEIGHT - reach) & (x > reach) & (x < WIDTH - reach)
+    for channel, position, shift in ((0, x, 0.0), (1, y, 0.0), (2, x, HALF / 2)):
         to_fold = np.abs((position - shift + HALF / 2) % HALF - HALF / 2)
-        straight = (to_fold > reach) & (position > reach) & (position < extent - reach)
+        straight = (to_fold > reach) & inside
         errors[channel, straight] = np.abs(scores[straight, channel] - wave(position[straight], shift)) / SLOPE
     return np.stack([errors[1], np.fmax(errors[0], errors[2])], axis=1)
 
