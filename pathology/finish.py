@@ -201,15 +201,29 @@ def _record(
     }
 
 
+def put_back(final: Path, work: Work) -> None:
+    """Make an older result that a crash left aside the result again: it is, until the new one has its name.
+
+    Without a plan the commit had come to its end, and what lies aside waits for removal only.
+    """
+    if work.replaced.exists() and not final.exists() and work.begun:
+        with output_faults(final):
+            work.replaced.rename(final)
+            sync_folder(final.parent)
+            sync_folder(work.folder)
+
+
 def _commit(partial: Path, final: Path, work: Work) -> None:
     """Make `partial` the result by one rename. An older result is moved aside first and removed last."""
-    old = work.folder / "replaced"
     make_folders(final.parent)
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
+        shutil.rmtree(work.replaced, ignore_errors=True)
+        final.rename(work.replaced)
+        sync_folder(work.folder)
     partial.rename(final)
-    sync_folder(final.parent)
+    # Up to `out`: whoever made these folders may have been killed before it synced their names.
+    for folder in final.parents[:3]:
+        sync_folder(folder)
     sync_folder(work.folder)
     work.clear()
 

@@ -39,6 +39,16 @@ class Work:
         """Where the finished result is built before its one rename; a stable name, so a crash leaves one at most."""
         return self.folder / "partial"
 
+    @property
+    def replaced(self) -> Path:
+        """Where an older result lies while the new one takes its name."""
+        return self.folder / "replaced"
+
+    @property
+    def begun(self) -> bool:
+        """Whether any work, of this key or another, was begun here and not ended."""
+        return (self.folder / "plan.json").exists()
+
     def begin(self, plan: Plan, overwrite: bool) -> Plan:
         """The plan to work by: the one already begun with if the key is the same, else `plan`, now on record.
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pathology.device import environment, set_threads
 from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.events import emit
-from pathology.finish import TISSUE_FILES, finish, read_manifest, read_record, write_if_changed
+from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
 from pathology.infer import infer_region
 from pathology.job import Job, key_difference, key_of
@@ -91,6 +91,7 @@ def prepare(job: Job) -> Prepared:
     spec = load_spec(job.model)
     fields = key_fields(job, slide, spec)
     work = Work(job.work_folder(spec.name), fields)
+    put_back(job.result_folder(spec.name), work)
     record = _finished(job, spec, fields)
     if record is not None:
         work.clear()

@@ -42,6 +42,11 @@ ssize_t write(int fd, const void *data, size_t size) {
     if (fd_counts(fd) && last()) { next(fd, data, size / 2); end(); }
     return next(fd, data, size);
 }
+ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
+    NEXT(ssize_t, "pwrite", int, const void *, size_t, off_t);
+    if (fd_counts(fd) && last()) { next(fd, data, size / 2, offset); end(); }
+    return next(fd, data, size, offset);
+}
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
     NEXT(ssize_t, "pwrite64", int, const void *, size_t, off64_t);
     if (fd_counts(fd) && last()) { next(fd, data, size / 2, offset); end(); }
@@ -72,6 +77,21 @@ int renameat(int a, const char *from, int b, const char *to) {
     if (place_counts(b, to) && last()) end();
     return next(a, from, b, to);
 }
+int renameat2(int a, const char *from, int b, const char *to, unsigned flags) {
+    NEXT(int, "renameat2", int, const char *, int, const char *, unsigned);
+    if (place_counts(b, to) && last()) end();
+    return next(a, from, b, to, flags);
+}
+int ftruncate(int fd, off_t size) {
+    NEXT(int, "ftruncate", int, off_t);
+    if (fd_counts(fd) && last()) end();
+    return next(fd, size);
+}
+int ftruncate64(int fd, off64_t size) {
+    NEXT(int, "ftruncate64", int, off64_t);
+    if (fd_counts(fd) && last()) end();
+    return next(fd, size);
+}
 int unlink(const char *path) {
     NEXT(int, "unlink", const char *);
     if (path_counts(path) && last()) end();
@@ -91,4 +111,9 @@ int mkdir(const char *path, mode_t mode) {
     NEXT(int, "mkdir", const char *, mode_t);
     if (path_counts(path) && last()) end();
     return next(path, mode);
+}
+int mkdirat(int dir, const char *path, mode_t mode) {
+    NEXT(int, "mkdirat", int, const char *, mode_t);
+    if (place_counts(dir, path) && last()) end();
+    return next(dir, path, mode);
 }
