@@ -15,6 +15,9 @@ from pathology.stitch import Blend
 
 SCHEMA = 1
 
+Precision = Literal["fp32", "bf16", "fp16"]
+ReaderName = Literal["auto", "direct", "openslide", "pillow"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -35,6 +38,13 @@ class Job:
     batch_size   tiles per model call; part of what decides the last bits
     threads      torch threads of a process; likewise
     readers      threads that read tiles in a process
+    precision    what the network computes in; "fp32" is the reference
+    compile      let torch compile the network
+    reader       which reader gives the pixels; "auto": the first that suits the file
+    fast_decode  decode JPEG at a reduced scale where a coarser picture is wanted: other pixels, sooner
+    memory       bytes that a worker may hold in tiles, windows and canvases
+    stage        folder on a local disk that slides are copied to ahead of use; None: read where they are
+    stage_bytes  most bytes of slides in `stage` at once
     overwrite    replace results that were made from other inputs or parameters
     strict       refuse to finish a slide whose regions come from different environments
     columns      (name, value) pairs of the slide list that are passed through to the record
@@ -56,6 +66,13 @@ class Job:
     batch_size: int = 32
     threads: int = 1
     readers: int = 2
+    precision: Precision = "fp32"
+    compile: bool = False
+    reader: ReaderName = "auto"
+    fast_decode: bool = False
+    memory: int = 2**30
+    stage: str | None = None
+    stage_bytes: int = 2**36
     overwrite: bool = False
     strict: bool = False
     columns: tuple[tuple[str, str], ...] = ()
