@@ -18,6 +18,7 @@ class Reason(StrEnum):
     NO_MPP = "no_mpp"  # the file names no resolution
     BAD_MPP = "bad_mpp"  # the resolution is absurd, anisotropic or contradicts --slide-mpp
     READ_ERROR = "read_error"  # pixels could not be read although the slide opened
+    CORRUPT_TILES = "corrupt_tiles"  # some of its pixels cannot be decoded
     BAD_SCORES = "bad_scores"  # the model answered with NaN or infinity
     MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
     CHANGED = "changed"  # the slide, or its finished result, is not what it was when the result was made

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.batches import read_tiles
+from pathology.batches import ReadPool, read_tiles
 from pathology.errors import Reason, SlideError
 from pathology.model import ModelSpec
 from pathology.plan import Plan, Region
@@ -17,7 +17,7 @@ from pathology.stitch import Canvas, blend_window
 
 
 def infer_region(
-    slide: Slide, spec: ModelSpec, plan: Plan, region: Region, predict: Predict, pool: Executor | None = None, threads: int = 1
+    slide: Slide, spec: ModelSpec, plan: Plan, region: Region, predict: Predict, pool: ReadPool | None = None
 ) -> NDArray[np.float32]:
     """(C, H, W) float32 scores of `region.box`, NaN where no tile fell.
 
@@ -25,7 +25,7 @@ def infer_region(
     """
     canvas = Canvas(region.box, len(spec.classes), blend_window(spec.output_px, plan.blend))
     places = region.tiles.astype(np.int64) * plan.h_stride
-    tiles = read_tiles(slide, spec, plan.grid, region.tiles, pool, threads)
+    tiles = _whole(read_tiles(slide, spec, plan.grid, region.tiles, pool))
     for (y, x), scores in zip(places, predict(tiles), strict=True):
         if not np.isfinite(scores).all():
             raise SlideError(
@@ -34,3 +34,10 @@ def infer_region(
             )
         canvas.add(scores, int(y), int(x))
     return canvas.mean()
+
+
+def _whole(tiles: Iterator[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.uint8]]:
+    for tile in tiles:
+        if tile is None:
+            raise SlideError(Reason.CORRUPT_TILES, "the slide has tiles that cannot be decoded; copy it again from its source")
+        yield tile

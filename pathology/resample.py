@@ -8,6 +8,7 @@ distance from the picture's corner.)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,20 @@ LEVEL_TOLERANCE = 1.01
 FILTER_RADIUS = {Image.Resampling.BOX: 0.5, Image.Resampling.BILINEAR: 1.0, Image.Resampling.BICUBIC: 2.0}
 
 
+# A mean of more pixels than this a side is left to one resize: tiles of a file are smaller than 16 x 16 such pixels.
+LARGEST_MEAN = 16
+# Reductions by JPEG's scaled decoding, the strongest first.
+SCALES = (8, 4, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What to read for one tile: `box` in pixels of `level`, and the tile inside it.
+    """What to read for one tile: `box` in pixels of `level` reduced by `reduce`, and the tile inside it.
 
-    crop    (y0, x0, y1, x1) of the tile relative to the box's corner, in level px, not rounded
+    reduce  whole factor by which the level is averaged before anything else; 1: not at all
+    crop    (y0, x0, y1, x1) of the tile relative to the box's corner, in px as of `box`, not rounded
     shape   (height, width) to resize the crop to
-    filter  Pillow's resampling filter
+    filter  Pillow's resampling filter; BOX stands for the exact mean of whole pixels
     """
 
     level: int
@@ -43,15 +51,26 @@ class Window:
     crop: tuple[float, float, float, float]
     shape: tuple[int, int]
     filter: Image.Resampling
+    reduce: int = 1
 
 
 def tile_window(
-    info: SlideInfo, l0_origin: tuple[float, float], l0_size: tuple[float, float], shape: tuple[int, int], rule: ReadRule
+    info: SlideInfo,
+    l0_origin: tuple[float, float],
+    l0_size: tuple[float, float],
+    shape: tuple[int, int],
+    rule: ReadRule,
+    scales: Callable[[int, int], bool] | None = None,
 ) -> Window:
-    """The window for a tile whose corner is `l0_origin` (y, x) and whose sides are `l0_size`, both level-0 px, unrounded."""
+    """The window for a tile whose corner is `l0_origin` (y, x) and whose sides are `l0_size`, both level-0 px, unrounded.
+
+    scales  whether a level's tiles may be decoded at 1 / factor (level, factor), which gives other pixels than the mean does
+    """
     ratio = max(l0_size[0] / shape[0], l0_size[1] / shape[1])
     level = 0 if rule.level == "0" else level_for(info.level_downsamples, min(l0_size[0] / shape[0], l0_size[1] / shape[1]))
     downsample = info.level_downsamples[level]
+    reduce = _reduction(rule, ratio / downsample, (l0_origin[0] / downsample, l0_origin[1] / downsample), level, scales)
+    downsample *= reduce
     y0, x0 = l0_origin[0] / downsample, l0_origin[1] / downsample
     y1, x1 = (l0_origin[0] + l0_size[0]) / downsample, (l0_origin[1] + l0_size[1]) / downsample
     scale = ratio / downsample
@@ -59,7 +78,7 @@ def tile_window(
     margin = math.ceil(FILTER_RADIUS[filter] * max(scale, 1.0)) if rule.margin and not _whole(filter, scale, (y0, x0)) else 0
     top, left = math.floor(y0) - margin, math.floor(x0) - margin
     box = Box(top, left, math.ceil(y1) + margin - top, math.ceil(x1) + margin - left)
-    return Window(level, box, (y0 - top, x0 - left, y1 - top, x1 - left), shape, filter)
+    return Window(level, box, (y0 - top, x0 - left, y1 - top, x1 - left), shape, filter, reduce)
 
 
 def level_for(downsamples: tuple[float, ...], ratio: float) -> int:
@@ -73,8 +92,30 @@ def resize(pixels: NDArray[np.uint8], window: Window) -> NDArray[np.uint8]:
     y0, x0, y1, x1 = window.crop
     if (y1 - y0, x1 - x0) == window.shape and y0.is_integer() and x0.is_integer():
         return pixels[int(y0) : int(y1), int(x0) : int(x1)]  # scale 1 on whole pixels: nothing to interpolate
+    if window.filter is Image.Resampling.BOX:
+        return reduced(pixels[int(y0) : int(y1), int(x0) : int(x1)], round((y1 - y0) / window.shape[0]))
     image = Image.fromarray(pixels).resize(window.shape[::-1], window.filter, box=(x0, y0, x1, y1))
     return np.asarray(image)
+
+
+def reduced(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 -> (H / factor, W / factor, 3) uint8: means of factor x factor pixels, rounded once."""
+    # Pillow's resize with its box filter rounds twice, once a direction.
+    return np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
+def _reduction(
+    rule: ReadRule, scale: float, origin: tuple[float, float], level: int, scales: Callable[[int, int], bool] | None
+) -> int:
+    """The whole factor by which the level is read coarser: none, JPEG's where it is allowed, or the exact mean's."""
+    if scales is not None:
+        for factor in SCALES:
+            if factor <= scale * LEVEL_TOLERANCE and scales(level, factor):
+                return factor
+    # On the factor's own raster alone, so that a source tile can be averaged by itself, once for all that share it.
+    if rule.filter == "area" and 1 < scale <= LARGEST_MEAN and _on_raster(scale, (origin[0] / scale, origin[1] / scale)):
+        return round(scale)
+    return 1
 
 
 def _filter(rule: ReadRule, scale: float, origin: tuple[float, float]) -> Image.Resampling:

@@ -5,18 +5,20 @@ Promise: `read` gives RGB of any box of any level, white outside the scan, from 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.clock import timed
 from pathology.errors import UsageError
 from pathology.geometry import Box, mpp_ratio
 from pathology.model import ReadRule
-from pathology.resample import resize, tile_window
+from pathology.resample import Window, reduced, resize, tile_window
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -39,6 +41,7 @@ class SlideInfo:
     bounds             part of level 0 that was scanned (openslide.bounds-*), None where the file says nothing
     fingerprint        sha256 hex over size and sampled content, never the modification time
     objective          nominal magnification for people, None where unknown; decides nothing
+    reader_why         why this reader, for people
     """
 
     shape: tuple[int, int]
@@ -51,6 +54,7 @@ class SlideInfo:
     bounds: Box | None
     fingerprint: str
     objective: float | None = None
+    reader_why: str = ""
 
 
 class Reader(Protocol):
@@ -66,6 +70,23 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Twice is once."""
+        ...
+
+
+@runtime_checkable
+class TileReader(Reader, Protocol):
+    """A reader that decodes a file's own tiles, and so can average each by itself and fetch neighbours together."""
+
+    def read_reduced(self, level: int, box: Box, factor: int) -> NDArray[np.uint8] | None:
+        """(H, W, 3) uint8 of `box` in pixels of the level reduced by a whole factor, wholly inside it; None: it cannot here."""
+        ...
+
+    def scales(self, level: int, factor: int) -> bool:
+        """Whether `read_reduced` gives pixels that only come near the mean, which the user asked for."""
+        ...
+
+    def prefetch(self, windows: Iterable[tuple[int, Box, int]]) -> None:
+        """Fetch what lies under windows (level, box, factor) that will be read soon."""
         ...
 
 
@@ -122,8 +143,40 @@ class Slide:
         rule: ReadRule = DEFAULT_RULE,
     ) -> NDArray[np.uint8]:
         """(height, width, 3) uint8: the part at `l0_origin` (y, x), `l0_size` level-0 px large, as `shape` pixels."""
-        window = tile_window(self.info, l0_origin, l0_size, shape, rule)
-        return resize(self.read(window.level, window.box), window)
+        return self.read_window(self.window(l0_origin, l0_size, shape, rule))
+
+    def window(
+        self,
+        l0_origin: tuple[float, float],
+        l0_size: tuple[float, float],
+        shape: tuple[int, int],
+        rule: ReadRule = DEFAULT_RULE,
+    ) -> Window:
+        """What `read_tile` of the same arguments reads."""
+        scales = self._reader.scales if isinstance(self._reader, TileReader) else None
+        return tile_window(self.info, l0_origin, l0_size, shape, rule, scales)
+
+    def read_window(self, window: Window) -> NDArray[np.uint8]:
+        """(height, width, 3) uint8 of a window."""
+        pixels = self.read(window.level, window.box) if window.reduce == 1 else self._read_reduced(window)
+        with timed("resample"):
+            return resize(pixels, window)
+
+    def prefetch(self, windows: Iterable[Window]) -> None:
+        """Fetch the bytes under `windows` that will be read soon; without effect where the reader has no use for it."""
+        if isinstance(self._reader, TileReader):
+            self._reader.prefetch((w.level, w.box, w.reduce) for w in windows)
+
+    def _read_reduced(self, window: Window) -> NDArray[np.uint8]:
+        box, k = window.box, window.reduce
+        whole = Box(box.y * k, box.x * k, box.height * k, box.width * k)
+        if isinstance(self._reader, TileReader) and whole.intersect(Box(0, 0, *self.info.level_shapes[window.level])) == whole:
+            pixels = self._reader.read_reduced(window.level, box, k)
+            if pixels is not None:
+                return pixels
+        full = self.read(window.level, whole)
+        with timed("resample"):
+            return reduced(full, k)
 
     def read_mpp(self, box: Box, mpp: float) -> NDArray[np.uint8]:
         """(H, W, 3) uint8: `box` in pixels of the slide seen at `mpp` um/px; (0, 0) is the slide's corner."""

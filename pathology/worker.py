@@ -11,7 +11,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.batches import ReadPool
 from pathology.device import environment, set_threads
 from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.events import emit
@@ -38,6 +38,7 @@ from pathology.work import Work
 
 PRECISION = "fp32"
 KEPT_SLIDES = 4
+CACHE_SHARE = 4  # of a job's memory, for decoded tiles: 1 / 4
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -67,7 +68,7 @@ class _Kept:
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.models: dict[tuple[str, str], Model] = {}
         self.predictors: dict[tuple[str, str, int], Predictor] = {}
-        self.pools: dict[int, ThreadPoolExecutor] = {}
+        self.pools: dict[int, ReadPool] = {}
         self.threads = 0
 
 
@@ -119,7 +120,7 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     emit(Path(job.out), "region-start", what)
     began = time.perf_counter()
     pool = None if in_order else _pool(job.readers)
-    scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool, job.readers)
+    scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool)
     counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
     work.put(region, scores, counts, _environment(job.device, job.threads))
     emit(Path(job.out), "region-done", {**what, **counts})
@@ -150,6 +151,7 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "schema": 1,
         "slide": slide.info.fingerprint,
         "slide_mpp": slide.info.mpp,
+        "fast_decode": job.fast_decode,
         "reader": slide.info.reader.split()[0],
         "model": spec.sha256,
         "card": key_of(asdict(spec)),
@@ -223,13 +225,20 @@ def _slide(job: Job) -> Slide:
         stamp: tuple[int, ...] = ()
     else:
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
-    name = (job.slide, job.slide_mpp, job.force, *stamp)
+    name = (job.slide, job.slide_mpp, job.force, job.reader, job.fast_decode, *stamp)
     with _kept.lock:
         if name in _kept.slides:
             _kept.slides.move_to_end(name)
             return _kept.slides[name]
     try:
-        slide = open_slide(job.slide, job.slide_mpp, force=job.force)
+        slide = open_slide(
+            job.slide,
+            job.slide_mpp,
+            force=job.force,
+            reader=job.reader,
+            fast_decode=job.fast_decode,
+            cache_bytes=job.memory // 4,
+        )
     except SlideError as error:
         root = Path(job.root)
         if error.reason is Reason.MISSING and job.root != job.slide and not (root.exists() and any(root.iterdir())):
@@ -282,8 +291,8 @@ def _predict(job: Job, in_order: bool) -> Predict:
         return _kept.predictors[name].predict
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int) -> ReadPool:
     with _kept.lock:
         if threads not in _kept.pools:
-            _kept.pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="read")
+            _kept.pools[threads] = ReadPool(threads)
         return _kept.pools[threads]

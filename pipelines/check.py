@@ -39,7 +39,7 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
     for entry in slides:
         try:
             mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
-            with open_slide(entry.path, mpp, force=settings.force) as slide:
+            with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader) as slide:
                 if not models:
                     yield Verdict(entry, slide.info)
                 for job in make_jobs([entry], models, settings, "cpu") if models else []:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -50,6 +51,36 @@ def one_line_errors(command: Command) -> Command:
     return cast(Command, wrapped)
 
 
+class Bytes(click.ParamType[int]):
+    """A number of bytes for people: 512M, 2G, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?\s*", str(value))
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no number of bytes; write 512M or 2G", param, context)
+        return int(float(match[1]) * 1024 ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+def reader_options() -> list[Callable[[Command], Command]]:
+    """Options that decide which pixels a slide has."""
+    return [
+        click.option(
+            "--reader",
+            type=click.Choice(["auto", "direct", "openslide", "pillow"]),
+            default="auto",
+            show_default=True,
+            help="What reads slides: direct (tiled TIFF, quickest), openslide, pillow (whole pictures), or the first that can.",
+        ),
+        click.option(
+            "--fast-decode",
+            is_flag=True,
+            help="Decode JPEG at 1/2, 1/4 or 1/8 where a coarser picture is wanted: sooner, but not the exact mean.",
+        ),
+    ]
+
+
 def job_options(command: Command) -> Command:
     """Options that decide what is computed; the same for `run` and `check`."""
     options = [
@@ -70,6 +101,12 @@ def job_options(command: Command) -> Command:
         ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
         click.option("--num-workers", type=int, help="Threads that read tiles, per worker process.  [default: all cores]"),
+        click.option(
+            "--memory",
+            type=Bytes(),
+            help="Memory for a worker's tiles and canvases, as 512M or 2G.  [default: 1G, or a quarter of what is free]",
+        ),
+        *reader_options(),
         click.option("--limit", type=int, help="Only the first N slides."),
     ]
     for option in reversed(options):
@@ -165,18 +202,20 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
 @click.argument("slide", type=click.Path())
 @click.option("--slide-mpp", type=float, help="um per px, where the file is silent or wrong.")
 @click.option("--force", is_flag=True, help="Take --slide-mpp though the file states something more than 10 % different.")
+@reader_options()[0]
 @click.option("--json", "as_json", is_flag=True)
 @one_line_errors
-def info(slide: str, slide_mpp: float | None, force: bool, as_json: bool) -> None:
-    """Show what is known of SLIDE: size, levels, resolution and its source, reader."""
+def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json: bool) -> None:
+    """Show what is known of SLIDE: size, levels, resolution and its source, reader and why that one."""
     from pathology.readers import open_slide
 
-    with open_slide(slide, slide_mpp, force=force) as opened:
+    with open_slide(slide, slide_mpp, force=force, reader=reader) as opened:
         known = asdict(opened.info)
     if as_json:
         click.echo(json.dumps(known))
         return
     known["shape"] = "{} x {} px (height x width)".format(*known["shape"])
+    known["reader"] += f": {known.pop('reader_why')}"
     known["mpp"] = f"{known['mpp']:.6g} um/px, from {known.pop('mpp_source')}"
     shapes, downsamples = known.pop("level_shapes"), known.pop("level_downsamples")
     for name, value in known.items():

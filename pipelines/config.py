@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pathology.errors import UsageError
-from pathology.job import Job
+from pathology.job import Job, ReaderName
 from pipelines.slides import SlideEntry
 
 
@@ -25,14 +25,28 @@ class Settings:
     device: str = "auto"
     batch_size: int = 32
     readers: int | None = None
+    reader: ReaderName = "auto"
+    fast_decode: bool = False
+    memory: int | None = None
     threads: int | None = None
     overwrite: bool = False
     strict: bool = False
 
 
+# Of the memory that is free, a worker's tiles, windows and canvases get this share, and no more than the second by themselves:
+# more of it saves no decoding and no inference.
+MEMORY_SHARE = 0.25
+MEMORY_MOST = 2**30
+
+
+def default_memory(free: int) -> int:
+    """Bytes for a worker where --memory does not say."""
+    return max(2**27, min(MEMORY_MOST, int(MEMORY_SHARE * free)))
+
+
 def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, device: str) -> list[Job]:
     """A job for each slide and model, slide by slide. `device` is what `settings.device` came to on this machine."""
-    from pathology.cores import core_count
+    from pathology.cores import core_count, memory_limit_bytes
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
@@ -53,6 +67,9 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             batch_size=settings.batch_size,
             threads=settings.threads or cores,
             readers=settings.readers or cores,
+            reader=settings.reader,
+            fast_decode=settings.fast_decode,
+            memory=settings.memory or default_memory(memory_limit_bytes()),
             overwrite=settings.overwrite,
             strict=settings.strict,
             columns=slide.columns,

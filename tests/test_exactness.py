@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pathology.batches import AHEAD, read_tiles
+from pathology.batches import ReadPool, read_tiles, tiles_ahead
 from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
 from pathology.model import ModelSpec
@@ -105,7 +106,7 @@ def test_predictor_and_reading_threads_change_no_bit(make: Callable[..., mean_co
     reference = heatmap(slide, model, plan)
     predictor = Predictor(model, 5)
     try:
-        with ThreadPoolExecutor(3) as pool:
+        with closing(ReadPool(3)) as pool:
             assert heatmap(slide, model, plan, predict=predictor.predict, pool=pool).tobytes() == reference.tobytes()
     finally:
         predictor.close()
@@ -163,27 +164,33 @@ def test_a_score_that_is_no_number_is_refused_with_its_place(value: float) -> No
 
 
 class AtOnce(Executor):
-    """Runs what is submitted there and then, and counts it."""
-
-    def __init__(self) -> None:
-        self.submitted = 0
+    """Runs what is submitted there and then."""
 
     def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self.submitted += 1
         future: Future[object] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
 
 
+def at_once(threads: int) -> ReadPool:
+    pool = ReadPool(threads)
+    pool.close()
+    pool.decode = pool.fetch = AtOnce()  # type: ignore[assignment]
+    return pool
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_tiles_are_read_a_bounded_number_ahead(threads: int) -> None:
-    slide, model, pool = array_slide(noise_pixels(90, 90)), mean_colour(tile_px=8), AtOnce()
+    slide, model = array_slide(noise_pixels(300, 300)), mean_colour(tile_px=8)
+    reads = slide._reader.reads  # type: ignore[attr-defined]
     plan = plan_for(slide, model.spec, 8, block=100)
-    tiles: Iterator[NDArray[np.uint8]] = read_tiles(slide, model.spec, plan.grid, plan.tiles, pool, threads)
-    assert pool.submitted == 0
+    tiles = read_tiles(slide, model.spec, plan.grid, plan.tiles, at_once(threads))
+    assert not reads
+    most = 0
     for taken, _ in enumerate(tiles, 1):
-        assert pool.submitted == min(len(plan.tiles), taken + AHEAD * threads - 1)
-    assert taken == len(plan.tiles) == 144
+        most = max(most, len(reads) - taken)
+    assert taken == len(reads) == len(plan.tiles) == 38 * 38
+    assert 16 * threads <= most < tiles_ahead(8, threads)
 
 
 def test_without_a_pool_nothing_is_read_ahead() -> None:
@@ -194,9 +201,9 @@ def test_without_a_pool_nothing_is_read_ahead() -> None:
 
 
 def test_a_region_that_is_dropped_reads_no_further() -> None:
-    slide, model, pool = array_slide(noise_pixels(90, 90)), mean_colour(tile_px=8), AtOnce()
+    slide, model = array_slide(noise_pixels(300, 300)), mean_colour(tile_px=8)
     plan = plan_for(slide, model.spec, 8, block=100)
-    tiles = read_tiles(slide, model.spec, plan.grid, plan.tiles, pool, 1)
+    tiles = read_tiles(slide, model.spec, plan.grid, plan.tiles, at_once(1))
     next(tiles)
     tiles.close()  # type: ignore[attr-defined]
-    assert pool.submitted == AHEAD
+    assert len(slide._reader.reads) <= tiles_ahead(8, 1)  # type: ignore[attr-defined]

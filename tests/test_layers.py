@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a module imports only what stands above it in this list. A new module has to find its place here.
 ORDER = [
     "pathology.errors",
+    "pathology.clock",
     "pathology.geometry",
     "pathology.model",
     "pathology.stitch",
@@ -40,6 +41,9 @@ ORDER = [
     "pathology.readers.opened",
     "pathology.readers.openslide_reader",
     "pathology.readers.plain",
+    "pathology.readers.codecs",
+    "pathology.readers.tile_cache",
+    "pathology.readers.direct",
     "pathology.readers",
     "pathology.models.refs",
     "pathology.models.checks",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import struct
@@ -12,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,9 @@ from slides import Pixels, corrupt_tile, cut, drop_tiles, noise_pixels, pyramid,
 
 from pathology.errors import Reason, SlideError, UsageError
 from pathology.geometry import Box
+from pathology.job import ReaderName
 from pathology.readers import fingerprint, open_slide
+from pathology.readers.direct import DirectReader
 from pathology.readers.inspect import Kind, inspect_file
 from pathology.readers.mpp import Claim, choose_mpp, openslide_claim, tags_claim
 from pathology.readers.openslide_reader import OpenSlideReader, scanned_bounds, whole_downsample
@@ -61,9 +65,10 @@ class Sample:
     levels: list[Pixels]
     vendor: str
     tolerance: int = 0
+    reader: ReaderName = "auto"
 
     def open(self) -> Slide:
-        return open_slide(self.path, 0.5)
+        return open_slide(self.path, 0.5, reader=self.reader)
 
 
 def aperio(folder: Path) -> Sample:
@@ -99,10 +104,17 @@ def strips(folder: Path) -> Sample:
     return Sample(folder / "s.tif", [pixels], "tiff")
 
 
-@pytest.fixture(params=[aperio, aperio_jpeg, generic, png, jpeg, strips], ids=lambda make: make.__name__)
+SLIDES = [aperio, aperio_jpeg, generic]
+READERS: list[ReaderName] = ["direct", "openslide"]
+
+
+@pytest.fixture(
+    params=[*itertools.product(SLIDES, READERS), *itertools.product([png, jpeg, strips], ["pillow"])],
+    ids=lambda param: f"{param[0].__name__}-{param[1]}",
+)
 def sample(request: pytest.FixtureRequest, tmp_path: Path) -> Sample:
-    made: Sample = request.param(tmp_path)
-    return made
+    make, reader = request.param
+    return replace(make(tmp_path), reader=reader)
 
 
 def boxes(sample: Sample, count: int) -> list[tuple[int, Box]]:
@@ -125,8 +137,8 @@ class TestContract:
             assert info.level_shapes == tuple(level.shape[:2] for level in sample.levels)
             assert info.level_downsamples == tuple(SHAPE[0] / level.shape[0] for level in sample.levels)
             assert (info.mpp, info.mpp_source, info.vendor) == (0.5, "option", sample.vendor)
-            assert info.reader.split()[0] in ("openslide", "pillow")
-            assert info.reader.split()[1][0].isdigit()
+            assert info.reader.split()[0] == sample.reader
+            assert re.search(r"\d+\.\d+", info.reader)
             assert info.fingerprint == fingerprint(sample.path)
 
     def test_own_pixels_of_every_level(self, sample: Sample) -> None:
@@ -249,7 +261,8 @@ def test_alpha_over_white(tmp_path: Path, tiled: bool) -> None:
 
 
 @pytest.mark.parametrize("compression", ["jpeg", "deflate"])
-def test_a_failed_read_spoils_no_other(tmp_path: Path, compression: str) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_failed_read_spoils_no_other(tmp_path: Path, compression: str, reader: ReaderName) -> None:
     pixels = smooth_pixels(64 * 8, 64 * 8)
     path = write_tiff(tmp_path / "s.svs", [pixels], compression=compression, tile_px=64)
     bad = 19
@@ -263,11 +276,11 @@ def test_a_failed_read_spoils_no_other(tmp_path: Path, compression: str) -> None
             return None if str(tmp_path) in str(error) else error.reason
 
     for threads in (1, 8):
-        with open_slide(path) as slide, ThreadPoolExecutor(threads) as pool:
+        with open_slide(path, reader=reader) as slide, ThreadPoolExecutor(threads) as pool:
             order = tiles * 3
             for box, got in zip(order, pool.map(lambda box: read(slide, box), order), strict=True):
                 if box == tiles[bad]:
-                    assert got is Reason.READ_ERROR
+                    assert got is Reason.CORRUPT_TILES
                 else:
                     assert isinstance(got, np.ndarray)
                     assert np.abs(got - pixels[box.slices()].astype(int)).max() <= 8
@@ -280,10 +293,10 @@ def test_handles_are_opened_only_after_errors(tmp_path: Path, monkeypatch: pytes
     real = openslide.OpenSlide
     monkeypatch.setattr(openslide, "OpenSlide", lambda path: opened.append(path) or real(path))
     good, bad = Box(0, 0, 64, 64), Box(64, 64, 64, 64)
-    with open_slide(path) as slide:
+    with open_slide(path, reader="openslide") as slide:
         for box, opens in ((good, 1), (bad, 2), (good, 3), (good, 3), (good, 3)):
             if box == bad:
-                with refused(Reason.READ_ERROR):
+                with refused(Reason.CORRUPT_TILES):
                     slide.read(0, box)
             else:
                 slide.read(0, box)
@@ -324,10 +337,12 @@ def test_bounds() -> None:
 
 
 def test_objective(tmp_path: Path) -> None:
-    with open_slide(write_tiff(tmp_path / "s.svs", [noise_pixels(64, 64)])) as slide:
-        assert slide.info.objective == 20
-        assert slide.info.bounds is None
-        assert isinstance(slide._reader, OpenSlideReader)
+    path = write_tiff(tmp_path / "s.svs", [noise_pixels(64, 64)])
+    for reader, kind in (("direct", DirectReader), ("openslide", OpenSlideReader)):
+        with open_slide(path, reader=reader) as slide:  # type: ignore[arg-type]
+            assert slide.info.objective == 20
+            assert slide.info.bounds is None
+            assert isinstance(slide._reader, kind)
 
 
 def test_openslide_is_imported_for_slides_only() -> None:
@@ -569,7 +584,11 @@ def test_unsupported(tmp_path: Path) -> None:
         open_slide(tmp_path / "s.jpg", 0.5)
     tifffile.imwrite(tmp_path / "s.svs", rgb, photometric="rgb", tile=(128, 128), compression="jpeg2000")
     with refused(Reason.UNSUPPORTED, "compression"):
-        open_slide(tmp_path / "s.svs", 0.5)
+        open_slide(tmp_path / "s.svs", 0.5, reader="openslide")
+    for name, reader in (("s.png", "direct"), ("s.jpg", "openslide")):
+        Image.fromarray(rgb).save(tmp_path / name)
+        with refused(Reason.UNSUPPORTED, "--reader auto"):
+            open_slide(tmp_path / name, 0.5, reader=reader)  # type: ignore[arg-type]
 
 
 def test_damaged_picture(tmp_path: Path) -> None:

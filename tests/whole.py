@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.batches import ReadPool
 from pathology.grid import TileGrid
 from pathology.infer import infer_region
 from pathology.model import Model, ModelSpec
@@ -41,7 +41,7 @@ def plan_for(
 
 
 def heatmap(
-    slide: Slide, model: Model, plan: Plan, batch_size: int = 4, predict: Predict | None = None, pool: Executor | None = None
+    slide: Slide, model: Model, plan: Plan, batch_size: int = 4, predict: Predict | None = None, pool: ReadPool | None = None
 ) -> NDArray[np.float32]:
     """(C, H, W) float32 of all regions put in their places; NaN where there is no region."""
     whole = np.full((len(model.spec.classes), *plan.frame.shape), np.nan, np.float32)

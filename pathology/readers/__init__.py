@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from pathology.errors import Reason, SlideError
+from pathology.job import ReaderName
 from pathology.readers.fingerprint import fingerprint, fingerprint_file
 from pathology.readers.inspect import Kind, SlideFile, inspect_file
 from pathology.readers.mpp import choose_mpp
@@ -18,16 +19,32 @@ from pathology.slide import Slide, SlideInfo
 __all__ = ["fingerprint", "open_slide"]
 
 
-def open_slide(path: str | os.PathLike[str], slide_mpp: float | None = None, *, force: bool = False) -> Slide:
+# Decoded tiles kept for neighbours, per open slide.
+CACHE_BYTES = 192 * 2**20
+
+
+def open_slide(
+    path: str | os.PathLike[str],
+    slide_mpp: float | None = None,
+    *,
+    force: bool = False,
+    reader: ReaderName = "auto",
+    fast_decode: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> Slide:
     """An open slide, whatever its format; a context manager.
 
-    slide_mpp  um per level-0 pixel, used in place of what the file states
-    force      take `slide_mpp` although the file states a sound value more than 10 % away
+    slide_mpp    um per level-0 pixel, used in place of what the file states
+    force        take `slide_mpp` although the file states a sound value more than 10 % away
+    reader       "direct" (tiled TIFF, decoded here), "openslide", "pillow" (whole pictures); "auto": the first of these that
+                 reads the file
+    fast_decode  let JPEG's scaled decoding stand in for the mean where a coarser picture is wanted (direct reader only)
+    cache_bytes  most bytes of decoded tiles that the direct reader keeps
 
     Raises SlideError: MISSING, EMPTY, NOT_A_FILE, PERMISSION, NOT_A_SLIDE, TRUNCATED, UNSUPPORTED, NO_MPP, BAD_MPP, READ_ERROR.
     """
     file = inspect_file(Path(path))
-    opened = _open(file)
+    opened, why = _open(file, reader, fast_decode, cache_bytes)
     try:
         mpp, mpp_source = choose_mpp(file.name, opened.claim, slide_mpp, force=force)
         info = SlideInfo(
@@ -41,6 +58,7 @@ def open_slide(path: str | os.PathLike[str], slide_mpp: float | None = None, *, 
             bounds=opened.bounds,
             fingerprint=fingerprint_file(file),
             objective=opened.objective,
+            reader_why=why,
         )
     except BaseException:
         opened.reader.close()
@@ -48,17 +66,36 @@ def open_slide(path: str | os.PathLike[str], slide_mpp: float | None = None, *, 
     return Slide(file.path, info, opened.reader)
 
 
-def _open(file: SlideFile) -> Opened:
-    """The file through the reader that suits it: the one place that chooses."""
-    if file.kind not in (Kind.PNG, Kind.JPEG):
+def _open(file: SlideFile, wanted: ReaderName, fast: bool, cache_bytes: int) -> tuple[Opened, str]:
+    """The file through the reader that suits it, and why that one: the one place that chooses."""
+    refused: SlideError | None = None
+    direct_not = "it is no TIFF"
+    if file.kind not in (Kind.PNG, Kind.JPEG) and wanted != "pillow":
         from pathology.readers.openslide_reader import open_with_openslide
 
-        opened = open_with_openslide(file)
-        if opened is not None:
-            return opened
-        if file.kind is not Kind.TIFF:
-            message = f"{file.name} ({file.kind}) is of a make that OpenSlide does not read; convert it to a tiled TIFF pyramid"
-            raise SlideError(Reason.UNSUPPORTED, message)
+        opened = None
+        try:
+            opened = open_with_openslide(file)
+        except SlideError as error:
+            refused = error
+        if file.kind is Kind.TIFF and wanted != "openslide":
+            from pathology.readers.direct import open_direct
+
+            direct = open_direct(file, opened, cache_bytes, fast)
+            if isinstance(direct, Opened):
+                return direct, "its tiles can be decoded without a slide library" if wanted == "auto" else "it was asked for"
+            direct_not = direct
+        if opened is not None and wanted != "direct":
+            return opened, "it was asked for" if wanted == "openslide" else f"the direct reader does not suit: {direct_not}"
+    if wanted == "direct":
+        raise SlideError(Reason.UNSUPPORTED, f"{file.name} cannot be read directly: {direct_not}; use --reader auto")
+    if refused is not None:
+        raise refused
+    if file.kind not in (Kind.PNG, Kind.JPEG, Kind.TIFF):
+        message = f"{file.name} ({file.kind}) is of a make that OpenSlide does not read; convert it to a tiled TIFF pyramid"
+        raise SlideError(Reason.UNSUPPORTED, message)
+    if wanted == "openslide":
+        raise SlideError(Reason.UNSUPPORTED, f"{file.name} is none of OpenSlide's formats; use --reader auto")
     from pathology.readers.plain import open_plain
 
-    return open_plain(file)
+    return open_plain(file), "it was asked for" if wanted == "pillow" else "it is one picture without tiles"

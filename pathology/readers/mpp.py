@@ -6,6 +6,7 @@ The order: the user's own value, then what the file says, of which the first sta
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ MAX_ANISOTROPY = 1.05
 MAX_DIFFERENCE = 0.10
 
 UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
+UM_PER_OME_UNIT = {"\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}
 UNIT_NAMES = {"inch": 2, "centimeter": 3}
 
 # Properties that state um/px themselves, y before x. OpenSlide makes its own mpp of these and of lengths such as Hamamatsu's;
@@ -57,6 +59,21 @@ def directory_claim(directory: Directory) -> Claim | None:
     """The resolution that a TIFF directory's tags state."""
     y, x, unit = directory.resolution
     return tags_claim(math.nan if y is None else y, math.nan if x is None else x, unit)
+
+
+def ome_claim(text: str) -> Claim | None:
+    """The PhysicalSize of the first image in a text of OME-XML; None where it states none, or not in um, nm or mm."""
+    # Taken by pattern: an XML parser would also follow whatever entities a stranger's file defines.
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", text)
+    if pixels is None:
+        return None
+    stated = dict(re.findall(r'PhysicalSize([XY](?:Unit)?)\s*=\s*"([^"]*)"', pixels.group()))
+    sizes: list[str | float | None] = []
+    for axis in "YX":
+        scale = UM_PER_OME_UNIT.get(stated.get(f"{axis}Unit", "\u00b5m"))
+        size = stated.get(axis)
+        sizes.append(None if size is None or scale is None else size if scale == 1 else _number(size) * scale)
+    return None if sizes == [None, None] else Claim(sizes[0], sizes[1], "OME PhysicalSize")
 
 
 def tags_claim(per_unit_y: float, per_unit_x: float, unit: int) -> Claim | None:

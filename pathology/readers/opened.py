@@ -27,6 +27,15 @@ class Opened:
     objective: float | None = None
 
 
+def whole_downsample(l0_shape: tuple[int, int], shape: tuple[int, int], downsample: float) -> float:
+    """The whole number k that made a level, if both sides are level 0's over k rounded either way; else `downsample`.
+
+    What a file or library states is often the mean of the sides' quotients, which the rounding of the sides takes off k.
+    """
+    k = max(1, round(downsample))
+    return float(k) if all(n // k <= m <= -(-n // k) for n, m in zip(l0_shape, shape, strict=True)) else downsample
+
+
 def over_white(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
     """RGBA, colours not multiplied by alpha -> (H, W, 3) uint8 over white, (H, W) bool alpha > 0 None if all opaque."""
     alpha = image.getchannel("A")

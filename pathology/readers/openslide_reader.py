@@ -20,7 +20,7 @@ from pathology.errors import Reason, SlideError, UsageError
 from pathology.geometry import Box
 from pathology.readers.inspect import Kind, SlideFile, refuse_channels
 from pathology.readers.mpp import openslide_claim
-from pathology.readers.opened import Opened, over_white
+from pathology.readers.opened import Opened, over_white, whole_downsample
 
 
 class OpenSlideReader:
@@ -62,10 +62,14 @@ class OpenSlideReader:
         with self._lock:
             try:
                 fresh = openslide.OpenSlide(self._path)
+            except OpenSlideError as error:
+                message = f"{self._path.name!r} can no longer be opened: {_words(error, self._path)}; check where it lies"
+                raise SlideError(Reason.READ_ERROR, message) from error
+            try:
                 image = self._region(fresh, level, box)
             except OpenSlideError as error:
                 message = f"{self._path.name!r}: level {level}, {box} cannot be decoded: {_words(error, self._path)}"
-                raise SlideError(Reason.READ_ERROR, message) from error
+                raise SlideError(Reason.CORRUPT_TILES, message) from error
             if self._handle is not None:
                 self._handle = fresh
             return image
@@ -99,15 +103,6 @@ def open_with_openslide(file: SlideFile) -> Opened | None:
         bounds=scanned_bounds(properties),
         objective=_objective(properties),
     )
-
-
-def whole_downsample(l0_shape: tuple[int, int], shape: tuple[int, int], downsample: float) -> float:
-    """The whole number k that made a level, if both sides are level 0's over k rounded either way; else `downsample`.
-
-    OpenSlide states the mean of the sides' quotients, which the rounding of the sides takes off k.
-    """
-    k = max(1, round(downsample))
-    return float(k) if all(n // k <= m <= -(-n // k) for n, m in zip(l0_shape, shape, strict=True)) else downsample
 
 
 def scanned_bounds(properties: Mapping[str, str]) -> Box | None:

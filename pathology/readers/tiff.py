@@ -83,19 +83,19 @@ def read_directories(descriptor: int, size: int) -> tuple[Directory, ...]:
     """
     layout, first = _layout(_Bytes(descriptor, size))
     directories: list[Directory] = []
-    waiting, seen = [first], set[int]()
-    while waiting:
-        at = waiting.pop(0)
-        if at in seen:
-            raise Malformed("its directories form a loop")
-        if len(seen) == MAX_DIRECTORIES:
-            raise Malformed(f"it has more than {MAX_DIRECTORIES} directories")
-        seen.add(at)
-        tags, following = layout.directory(at)
-        directories.append(_picture(tags, size))
-        if following:
-            waiting.insert(0, following)
-        waiting.extend(int(v) for v in tags.get(SUB_DIRECTORIES, ()) if v)
+    chains, seen = [first], set[int]()
+    while chains:
+        at, chain = chains.pop(0), set[int]()
+        while at and (at not in seen or at in chain):  # sub-directories are listed, and may form a chain besides
+            if at in chain:
+                raise Malformed("its directories form a loop")
+            if len(seen) == MAX_DIRECTORIES:
+                raise Malformed(f"it has more than {MAX_DIRECTORIES} directories")
+            seen.add(at)
+            chain.add(at)
+            tags, at = layout.directory(at)
+            directories.append(_picture(tags, size))
+            chains.extend(int(v) for v in tags.get(SUB_DIRECTORIES, ()) if v)
     return tuple(directories)
 
 

@@ -1,0 +1,329 @@
+"""Tiled TIFF without a slide library: places of tiles from tifffile, bytes by pread, pixels from `codecs`.
+
+Promise: the pixels are OpenSlide's, or the file is left to OpenSlide. While there is room for it every tile is decoded once,
+however many windows and threads want it; tiles that nobody asks for are never touched; and neighbours in the file are
+fetched in one read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from pathology.clock import timed
+from pathology.errors import Reason, SlideError, UsageError
+from pathology.geometry import Box
+from pathology.readers import codecs
+from pathology.readers.codecs import Corrupt, Pixels, TileCodec
+from pathology.readers.inspect import SlideFile, refuse_channels
+from pathology.readers.mpp import directory_claim, ome_claim
+from pathology.readers.opened import Opened, whole_downsample
+from pathology.readers.tile_cache import TileCache
+from pathology.slide import WHITE
+
+Pread = Callable[[int, int, int], bytes]  # as os.pread: (descriptor, count, place)
+
+# Tiles that lie no further apart than this are fetched together: a read over a network costs more than these bytes do.
+GAP_BYTES = 64 * 2**10
+LARGEST_READ = 2 * 2**20
+# Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.
+FETCHED_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledLevel:
+    """Where one level's tiles lie: `places` and `sizes` (n,) int64 in row-major order, 0 where the file has no such tile."""
+
+    shape: tuple[int, int]
+    places: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    codec: TileCodec
+
+    @property
+    def across(self) -> int:
+        """Tiles in a row."""
+        return -(-self.shape[1] // self.codec.shape[1])
+
+    def tiles(self, box: Box, factor: int = 1) -> Iterator[tuple[int, Box]]:
+        """(index, its box) of the tiles that touch `box`; boxes in pixels of the level reduced by `factor`."""
+        height, width = (side // factor for side in self.codec.shape)
+        for row in range(box.y // height, -(-box.y1 // height)):
+            for col in range(box.x // width, -(-box.x1 // width)):
+                yield row * self.across + col, Box(row * height, col * width, height, width)
+
+
+class _File:
+    """A descriptor that lives as long as anyone holds this."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class DirectReader:
+    """Reads and decodes tiles by itself, in the threads that ask.
+
+    decodes  how many tiles were decoded; `reads`: how many times the file was read
+    """
+
+    def __init__(
+        self, path: Path, levels: tuple[TiledLevel, ...], cache_bytes: int, fast: bool = False, pread: Pread = os.pread
+    ) -> None:
+        self._name = repr(path.name)
+        self._levels = levels
+        self._fast = fast
+        self._pread = pread
+        # Let go, not closed: it is closed when the last thread that reads from it is out.
+        self._file: _File | None = _File(path)
+        self._cache = TileCache(cache_bytes)
+        self._lock = threading.Lock()
+        self._fetched: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
+        self._fetched_bytes = 0
+        self.decodes = 0
+        self.reads = 0
+
+    def close(self) -> None:
+        self._file = None
+
+    def read(self, level: int, box: Box) -> tuple[Pixels, NDArray[np.bool_] | None]:
+        file, source = self._open(), self._levels[level]
+        pixels, valid = np.empty((*box.shape, 3), np.uint8), None
+        for index, at in source.tiles(box):
+            common = at.intersect(box)
+            if not source.sizes[index]:
+                pixels[common.slices(box)] = WHITE
+                valid = np.ones(box.shape, np.bool_) if valid is None else valid
+                valid[common.slices(box)] = False
+                continue
+            tile = self._tile(file, level, index, 1)
+            with timed("resample"):
+                pixels[common.slices(box)] = tile[common.slices(at)]
+        return pixels, valid
+
+    def read_reduced(self, level: int, box: Box, factor: int) -> Pixels | None:
+        """(H, W, 3) uint8 of `box` in pixels of the level reduced by `factor`, wholly inside it; None: tiles do not divide.
+
+        Means of factor x factor pixels, rounded once; of a reader opened as fast, JPEG's scaled decoding where there is one.
+        """
+        file, source = self._open(), self._levels[level]
+        if any(side % factor for side in source.codec.shape):
+            return None
+        pixels = np.empty((*box.shape, 3), np.uint8)
+        for index, at in source.tiles(box, factor):
+            common = at.intersect(box)
+            if not source.sizes[index]:
+                pixels[common.slices(box)] = WHITE
+                continue
+            tile = self._tile(file, level, index, factor)
+            with timed("resample"):
+                pixels[common.slices(box)] = tile[common.slices(at)]
+        return pixels
+
+    def scales(self, level: int, factor: int) -> bool:
+        """Whether `read_reduced` gives scaled JPEG here: opened as fast, and of a codec and tile size that can."""
+        return self._fast and self._levels[level].codec.scales(factor)
+
+    def prefetch(self, windows: Iterable[tuple[int, Box, int]]) -> None:
+        """Fetch the compressed tiles under `windows` (level, box, factor), neighbours together, for reads that follow soon."""
+        file = self._open()
+        wanted: dict[tuple[int, int], tuple[int, int]] = {}
+        for number, box, factor in windows:
+            level = self._levels[number]
+            inside = box.intersect(Box(0, 0, level.shape[0] // factor, level.shape[1] // factor))
+            if inside.empty or any(side % factor for side in level.codec.shape):
+                continue
+            for index, _ in level.tiles(inside, factor):
+                tile = (number, index)
+                if level.sizes[index] and tile not in wanted and (number, index, factor) not in self._cache:
+                    wanted[tile] = int(level.places[index]), int(level.sizes[index])
+        with self._lock:
+            missing = sorted((*span, tile) for tile, span in wanted.items() if tile not in self._fetched)
+        for first, end, tiles in merged(missing):
+            data = memoryview(self._bytes(file, first, end - first))
+            with self._lock:
+                for place, size, tile in tiles:
+                    self._fetched[tile] = data[place - first : place - first + size]
+                    self._fetched_bytes += size
+                while self._fetched_bytes > FETCHED_BYTES:
+                    self._fetched_bytes -= len(self._fetched.popitem(last=False)[1])
+
+    def _open(self) -> _File:
+        if self._file is None:
+            raise UsageError("the slide is closed; open it again")
+        return self._file
+
+    def _tile(self, file: _File, level: int, index: int, factor: int) -> Pixels:
+        try:
+            return self._cache.get((level, index, factor), lambda: self._decode(file, level, index, factor))
+        except Corrupt as error:
+            message = f"{self._name}: tile {index} of level {level} cannot be decoded: {error}; copy the slide from its source"
+            raise SlideError(Reason.CORRUPT_TILES, message) from error
+
+    def _decode(self, file: _File, level: int, index: int, factor: int) -> Pixels:
+        source = self._levels[level]
+        with self._lock:
+            fetched = self._fetched.pop((level, index), None)
+            self._fetched_bytes -= len(fetched or b"")
+            self.decodes += 1
+        data = bytes(fetched or b"") or self._bytes(file, int(source.places[index]), int(source.sizes[index]))
+        with timed("decode"):
+            if factor == 1:
+                return source.codec.decode(data)
+            if self._fast and source.codec.scales(factor):
+                return source.codec.decode_scaled(data, factor)
+            return source.codec.decode_mean(data, factor)
+
+    def _bytes(self, file: _File, place: int, count: int) -> bytes:
+        self.reads += 1
+        try:
+            with timed("read"):
+                data = self._pread(file.descriptor, count, place)
+        except OSError as error:
+            message = f"{self._name} cannot be read: {error.strerror}; check the disk or share it lies on"
+            raise SlideError(Reason.READ_ERROR, message) from error
+        if len(data) < count:
+            message = f"{self._name} ends at byte {place + len(data)} since it was opened; copy it again from its source"
+            raise SlideError(Reason.READ_ERROR, message)
+        return data
+
+
+def merged(
+    spans: list[tuple[int, int, tuple[int, int]]],
+) -> Iterator[tuple[int, int, list[tuple[int, int, tuple[int, int]]]]]:
+    """(first byte, end, members) of the reads that cover `spans` (place, size, name), which are sorted by place."""
+    members: list[tuple[int, int, tuple[int, int]]] = []
+    first = end = 0
+    for span in spans:
+        place, size, _ = span
+        if members and (place > end + GAP_BYTES or max(end, place + size) - first > LARGEST_READ):
+            yield first, end, members
+            members = []
+        if not members:
+            first = end = place
+        members.append(span)
+        end = max(end, place + size)
+    if members:
+        yield first, end, members
+
+
+# Makes whose TIFF holds the pyramid as OpenSlide shows it: tiles side by side, level by level. Not Leica and Ventana, whose
+# areas and overlapping tiles OpenSlide lays out itself.
+VENDORS = frozenset(("aperio", "generic-tiff", "hamamatsu", "philips"))
+
+
+def open_direct(file: SlideFile, opened: Opened | None, cache_bytes: int, fast: bool, pread: Pread = os.pread) -> Opened | str:
+    """The TIFF `file` read directly, or why it cannot be.
+
+    opened  the same file as OpenSlide opens it, whose levels and properties are taken over; None where OpenSlide does not
+    """
+    if opened is not None and opened.vendor not in VENDORS:
+        return f"{opened.vendor} lays its tiles out in a way of its own"
+    ome = _ome(file)
+    if ome is not None:
+        opened = None  # OpenSlide sees neither the levels nor the resolution of an OME-TIFF
+    levels = tiled_levels(file, None if opened is None else opened.level_shapes)
+    if isinstance(levels, str):
+        return levels
+    reader = DirectReader(file.path, levels, cache_bytes, fast, pread)
+    library = f"direct (tifffile {tifffile.__version__}, imagecodecs {codecs.VERSION})"
+    if opened is not None:
+        return replace(opened, reader=reader, library=library)
+    refuse_channels(file)
+    shapes = tuple(level.shape for level in levels)
+    downsamples = tuple(max(1.0, (shapes[0][0] / h + shapes[0][1] / w) / 2) for h, w in shapes)
+    return Opened(
+        reader=reader,
+        library=library,
+        vendor="ome-tiff" if ome else "generic-tiff",
+        level_shapes=shapes,
+        level_downsamples=tuple(whole_downsample(shapes[0], s, d) for s, d in zip(shapes, downsamples, strict=True)),
+        claim=(ome_claim(ome) if ome else None) or directory_claim(file.directories[0]),
+    )
+
+
+def _ome(file: SlideFile) -> str | None:
+    """The OME-XML of an OME-TIFF; None of another TIFF, and of one that tifffile does not understand."""
+    try:
+        with tifffile.TiffFile(file.path) as tiff:
+            return tiff.ome_metadata if tiff.is_ome else None
+    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def tiled_levels(file: SlideFile, level_shapes: tuple[tuple[int, int], ...] | None) -> tuple[TiledLevel, ...] | str:
+    """The levels of the pyramid in a TIFF, or why they cannot be read directly.
+
+    level_shapes  (height, width) of the levels wanted, each the first directory of that size; None: the pyramid that tifffile
+                  finds in the file, sub-directories included
+    """
+    try:
+        with tifffile.TiffFile(file.path) as tiff:
+            pages = [p for p in tiff.pages if isinstance(p, tifffile.TiffPage)]
+            if level_shapes is None:
+                pages = [level.keyframe for level in tiff.series[0].levels]
+            else:
+                by_shape = {(p.imagelength, p.imagewidth): p for p in reversed(pages) if p.is_tiled}
+                if not all(shape in by_shape for shape in level_shapes):
+                    return "not every level is a tiled picture of its own"
+                pages = [by_shape[shape] for shape in level_shapes]
+            levels = []
+            for page in pages:
+                codec = _codec(page)
+                if isinstance(codec, str):
+                    return codec
+                level = TiledLevel(
+                    (page.imagelength, page.imagewidth),
+                    np.array(page.dataoffsets, np.int64),
+                    np.array(page.databytecounts, np.int64),
+                    codec,
+                )
+                tiles = level.across * -(-level.shape[0] // codec.shape[0])
+                if not len(level.places) == len(level.sizes) == tiles:
+                    return f"a level names {len(level.places)} tiles where {tiles} are due"
+                if (level.places + level.sizes).max() > file.size:
+                    return "a level has tiles beyond the end of the file"
+                level.sizes[level.places == 0] = 0
+                levels.append(level)
+    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError) as error:
+        return f"tifffile does not understand it ({error})"
+    return tuple(levels)
+
+
+def _codec(page: tifffile.TiffPage) -> TileCodec | str:
+    """How a page's tiles are decoded, or why not."""
+    if not page.is_tiled or page.tiledepth != 1 or page.imagedepth != 1:
+        return "a level is not tiled"
+    if page.compression not in codecs.DECODERS:
+        return f"compression {page.compression} is not decoded here"
+    if page.bitspersample != 8 or page.samplesperpixel not in (1, 3) or (page.samplesperpixel == 3 and page.planarconfig != 1):
+        return f"{page.samplesperpixel} samples of {page.bitspersample} bits are not decoded here"
+    grey = page.samplesperpixel == 1
+    if page.photometric not in ((codecs.WHITE_IS_ZERO, codecs.BLACK_IS_ZERO) if grey else (codecs.RGB, codecs.YCBCR)):
+        return f"colours of photometric kind {int(page.photometric)} are not decoded here"
+    if page.photometric == codecs.YCBCR and page.compression in (codecs.NONE, codecs.LZW, codecs.DEFLATE, codecs.OLD_DEFLATE):
+        return "YCbCr without JPEG is not decoded here"
+    if page.predictor not in (1, codecs.DIFFERENCES):
+        return f"predictor {page.predictor} is not decoded here"
+    if page.fillorder != 1:
+        return "bits are stored in reversed order"
+    return TileCodec(
+        compression=int(page.compression),
+        photometric=int(page.photometric),
+        shape=(page.tilelength, page.tilewidth),
+        samples=page.samplesperpixel,
+        predictor=int(page.predictor) if page.compression in (codecs.LZW, codecs.DEFLATE, codecs.OLD_DEFLATE) else 1,
+        tables=page.jpegtables or b"",
+        header=page.jpegheader or b"",
+    )

@@ -1,0 +1,70 @@
+"""Decoded tiles of one slide, kept while there is room. Promise: of all threads that want a tile, one makes it.
+
+Kept arrays are never written to, so that forgetting one spoils no thread that still copies from it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import numpy as np
+
+from pathology.readers.codecs import Corrupt, Pixels
+
+
+class TileCache:
+    """The tiles used last, `limit_bytes` of them at most. That one is corrupt is kept as well."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, Pixels | Corrupt] = OrderedDict()
+        self._making: dict[Hashable, threading.Event] = {}
+
+    def __contains__(self, name: Hashable) -> bool:
+        """Whether the tile is kept or being made."""
+        with self._lock:
+            return name in self._kept or name in self._making
+
+    def get(self, name: Hashable, make: Callable[[], Pixels]) -> Pixels:
+        """The tile called `name`, by `make` if it is not kept. Raises what `make` raises; Corrupt again and again."""
+        while True:
+            with self._lock:
+                kept = self._kept.get(name)
+                if kept is not None:
+                    self._kept.move_to_end(name)
+                    break
+                others = self._making.get(name)
+                if others is None:
+                    mine = self._making[name] = threading.Event()
+            if others is None:
+                kept = self._make(name, make, mine)
+                break
+            others.wait()  # then look again: it may be forgotten already
+        if isinstance(kept, Corrupt):
+            raise Corrupt(str(kept))
+        return kept
+
+    def _make(self, name: Hashable, make: Callable[[], Pixels], made: threading.Event) -> Pixels | Corrupt:
+        kept: Pixels | Corrupt | None = None
+        try:
+            kept = make()
+        except Corrupt as error:
+            kept = error
+        finally:
+            with self._lock:
+                del self._making[name]
+                if kept is not None:
+                    self._kept[name] = kept
+                    self._bytes += _size(kept)
+                while self._bytes > self._limit and len(self._kept) > 1:
+                    self._bytes -= _size(self._kept.popitem(last=False)[1])
+            made.set()
+        return kept
+
+
+def _size(kept: Pixels | Corrupt) -> int:
+    return kept.nbytes if isinstance(kept, np.ndarray) else 1024
