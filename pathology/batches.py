@@ -1,7 +1,7 @@
 """Reading ahead: a region's tiles from the slide, in order, by a few threads.
 
 Promise: at most `CHUNKS_AHEAD` chunks a thread are in memory before they are asked for, however large the region; and
-the slide's bytes are fetched before a thread needs them, so that slow storage delays, at most, the first tiles.
+slow storage is waited for by threads that do nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 # Tiles are read by the chunk: handing each over to a thread by itself costs as much as copying it.
 CHUNK_BYTES = 2**20
 CHUNKS_AHEAD = 2
-# The bytes under a row of tiles are fetched together, this many rows ahead, by threads that do nothing but wait for storage.
+# Of slow storage the bytes under a row of tiles are fetched together, this many rows ahead, by threads that only wait.
 FETCH_THREADS = 4
 ROWS_AHEAD = 4
 ROW_TILES = 64
@@ -70,7 +70,10 @@ def read_tiles(
 
     def read(first: int, end: int) -> list[Pixels | None]:
         with counting(clock):
-            return [_read(slide, window) for window in windows(first, end)]
+            chunk = list(windows(first, end))
+            if len(chunk) > 1:
+                slide.prefetch(chunk)
+            return [_read(slide, window) for window in chunk]
 
     def fetch(first: int, end: int) -> None:
         with counting(clock):
@@ -82,14 +85,16 @@ def read_tiles(
         return
     fetched: deque[Future[None]] = deque()
     ahead: deque[Future[list[Pixels | None]]] = deque()
-    rows = _rows(tiles[:, 0])
+    rows = deque(_rows(tiles[:, 0]))
     chunk = chunk_tiles(spec.input_px)
     try:
-        waiting = iter(rows)
-        for first, end in rows:
-            while len(fetched) < ROWS_AHEAD and (row := next(waiting, None)) is not None:
-                fetched.append(pool.fetch.submit(fetch, *row))
-            fetched.popleft().result()
+        while rows:
+            first, end = rows.popleft()
+            if fetched:
+                fetched.popleft().result()
+            if slide.slow:
+                for row in list(rows)[len(fetched) : ROWS_AHEAD]:
+                    fetched.append(pool.fetch.submit(fetch, *row))
             for start in range(first, end, chunk):
                 ahead.append(pool.decode.submit(read, start, min(start + chunk, end)))
                 if len(ahead) >= CHUNKS_AHEAD * pool.threads:

@@ -45,15 +45,18 @@ def counting(clock: Clock | None) -> Iterator[None]:
         _active.clock = before
 
 
-@contextmanager
-def timed(stage: str) -> Iterator[None]:
+class timed:
     """Count the time spent inside as `stage` of this thread's clock."""
-    clock: Clock | None = getattr(_active, "clock", None)
-    if clock is None:
-        yield
-        return
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        clock.add(stage, time.perf_counter() - began)
+
+    __slots__ = ("_began", "_clock", "_stage")
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._clock: Clock | None = getattr(_active, "clock", None)
+        self._began = time.perf_counter() if self._clock is not None else 0.0
+
+    def __exit__(self, *raised: object) -> None:
+        if self._clock is not None:
+            self._clock.add(self._stage, time.perf_counter() - self._began)

@@ -89,6 +89,11 @@ class TileReader(Reader, Protocol):
         """Fetch what lies under windows (level, box, factor) that will be read soon."""
         ...
 
+    @property
+    def slow(self) -> bool:
+        """Whether storage is so slow that it should be read well ahead."""
+        ...
+
 
 class Slide:
     """An open slide. Made by `pathology.open_slide`; a context manager."""
@@ -97,6 +102,8 @@ class Slide:
         self.path = path
         self.info = info
         self._reader = reader
+        # Asked once: telling whether an object keeps a protocol takes longer than a small read.
+        self._tiles = reader if isinstance(reader, TileReader) else None
 
     def __repr__(self) -> str:
         h, w = self.info.shape
@@ -113,6 +120,8 @@ class Slide:
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB of `box` in the level's own pixels; white outside the scan."""
+        if self._level_box(level).intersect(box) == box:
+            return self._reader.read(level, box)[0]
         return self.read_masked(level, box)[0]
 
     def valid(self, level: int, box: Box) -> NDArray[np.bool_]:
@@ -121,9 +130,7 @@ class Slide:
 
     def read_masked(self, level: int, box: Box) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """`read` and `valid` of the same box, decoded once."""
-        if not 0 <= level < len(self.info.level_shapes):
-            raise UsageError(f"level {level} does not exist; this slide has levels 0 to {len(self.info.level_shapes) - 1}")
-        inside = box.intersect(Box(0, 0, *self.info.level_shapes[level]))
+        inside = box.intersect(self._level_box(level))
         if inside == box:
             rgb, valid = self._reader.read(level, box)
             return rgb, np.ones(box.shape, bool) if valid is None else valid
@@ -153,7 +160,7 @@ class Slide:
         rule: ReadRule = DEFAULT_RULE,
     ) -> Window:
         """What `read_tile` of the same arguments reads."""
-        scales = self._reader.scales if isinstance(self._reader, TileReader) else None
+        scales = self._tiles.scales if self._tiles is not None else None
         return tile_window(self.info, l0_origin, l0_size, shape, rule, scales)
 
     def read_window(self, window: Window) -> NDArray[np.uint8]:
@@ -164,14 +171,19 @@ class Slide:
 
     def prefetch(self, windows: Iterable[Window]) -> None:
         """Fetch the bytes under `windows` that will be read soon; without effect where the reader has no use for it."""
-        if isinstance(self._reader, TileReader):
-            self._reader.prefetch((w.level, w.box, w.reduce) for w in windows)
+        if self._tiles is not None:
+            self._tiles.prefetch((w.level, w.box, w.reduce) for w in windows)
+
+    @property
+    def slow(self) -> bool:
+        """Whether `prefetch` is worth a thread that waits for it."""
+        return self._tiles is not None and self._tiles.slow
 
     def _read_reduced(self, window: Window) -> NDArray[np.uint8]:
         box, k = window.box, window.reduce
         whole = Box(box.y * k, box.x * k, box.height * k, box.width * k)
-        if isinstance(self._reader, TileReader) and whole.intersect(Box(0, 0, *self.info.level_shapes[window.level])) == whole:
-            pixels = self._reader.read_reduced(window.level, box, k)
+        if self._tiles is not None and whole.intersect(self._level_box(window.level)) == whole:
+            pixels = self._tiles.read_reduced(window.level, box, k)
             if pixels is not None:
                 return pixels
         full = self.read(window.level, whole)
@@ -193,6 +205,11 @@ class Slide:
         """(height, width) in whole pixels of the slide seen at `mpp`: every level-0 pixel is covered."""
         ratio = self._ratio(mpp)
         return int(-(-self.info.shape[0] // ratio)), int(-(-self.info.shape[1] // ratio))
+
+    def _level_box(self, level: int) -> Box:
+        if not 0 <= level < len(self.info.level_shapes):
+            raise UsageError(f"level {level} does not exist; this slide has levels 0 to {len(self.info.level_shapes) - 1}")
+        return Box(0, 0, *self.info.level_shapes[level])
 
     def _ratio(self, mpp: float) -> float:
         if not mpp > 0:

@@ -62,11 +62,11 @@ class TileCodec:
     tables: bytes = b""
     header: bytes = b""
 
-    def decode(self, data: bytes) -> Pixels:
-        """(height, width, 3) uint8 RGB of a tile. Raises Corrupt."""
+    def decode(self, data: bytes, out: Pixels | None = None) -> Pixels:
+        """(height, width, 3) uint8 RGB of a tile, in `out` where there is one and the codec can. Raises Corrupt."""
         self._check(data)
         if self.compression == JPEG and self.samples == 3:
-            return self._jpeg(data, imagecodecs.JPEG8.CS.RGB, np.empty((*self.shape, 3), np.uint8))
+            return self._jpeg(data, imagecodecs.JPEG8.CS.RGB, np.empty((*self.shape, 3), np.uint8) if out is None else out)
         try:
             pixels = np.asarray(DECODERS[self.compression](self, data))
         except (RuntimeError, ValueError) as error:  # each codec of imagecodecs has a RuntimeError of its own

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +35,9 @@ Pread = Callable[[int, int, int], bytes]  # as os.pread: (descriptor, count, pla
 # Tiles that lie no further apart than this are fetched together: a read over a network costs more than these bytes do.
 GAP_BYTES = 64 * 2**10
 LARGEST_READ = 2 * 2**20
+# Storage that takes longer than this for a read, on the mean of the last ones, is read ahead of use.
+SLOW_READ_S = 1e-3
+READS_REMEMBERED = 8
 # Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.
 FETCHED_BYTES = 32 * 2**20
 
@@ -91,6 +95,7 @@ class DirectReader:
         self._lock = threading.Lock()
         self._fetched: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
         self._fetched_bytes = 0
+        self._read_s = 0.0  # a running mean
         self.decodes = 0
         self.reads = 0
 
@@ -139,12 +144,9 @@ class DirectReader:
         """Fetch the compressed tiles under `windows` (level, box, factor), neighbours together, for reads that follow soon."""
         file = self._open()
         wanted: dict[tuple[int, int], tuple[int, int]] = {}
-        for number, box, factor in windows:
+        for number, box, factor in self._joined(windows):
             level = self._levels[number]
-            inside = box.intersect(Box(0, 0, level.shape[0] // factor, level.shape[1] // factor))
-            if inside.empty or any(side % factor for side in level.codec.shape):
-                continue
-            for index, _ in level.tiles(inside, factor):
+            for index, _ in level.tiles(box, factor):
                 tile = (number, index)
                 if level.sizes[index] and tile not in wanted and (number, index, factor) not in self._cache:
                     wanted[tile] = int(level.places[index]), int(level.sizes[index])
@@ -158,6 +160,33 @@ class DirectReader:
                     self._fetched_bytes += size
                 while self._fetched_bytes > FETCHED_BYTES:
                     self._fetched_bytes -= len(self._fetched.popitem(last=False)[1])
+
+    @property
+    def slow(self) -> bool:
+        """Whether a read takes so long that threads of their own should wait for it."""
+        return self._read_s > SLOW_READ_S
+
+    def _joined(self, windows: Iterable[tuple[int, Box, int]]) -> Iterator[tuple[int, Box, int]]:
+        """The windows, neighbours in a row as one, cut to where whole tiles are reduced by themselves."""
+        last: tuple[int, Box, int] | None = None
+        for number, window, factor in windows:
+            level = self._levels[number]
+            if any(side % factor for side in level.codec.shape):
+                continue
+            box = window.intersect(Box(0, 0, level.shape[0] // factor, level.shape[1] // factor))
+            if box.empty:
+                continue
+            if last is not None:
+                before = last[1]
+                gap = box.x - before.x1
+                same = (last[0], last[2], before.y, before.height) == (number, factor, box.y, box.height)
+                if same and -before.width <= gap <= level.codec.shape[1] // factor:
+                    last = number, Box(box.y, before.x, box.height, max(before.x1, box.x1) - before.x), factor
+                    continue
+                yield last
+            last = number, box, factor
+        if last is not None:
+            yield last
 
     def _open(self) -> _File:
         if self._file is None:
@@ -180,19 +209,21 @@ class DirectReader:
         data = bytes(fetched or b"") or self._bytes(file, int(source.places[index]), int(source.sizes[index]))
         with timed("decode"):
             if factor == 1:
-                return source.codec.decode(data)
+                return source.codec.decode(data, self._cache.spare((*source.codec.shape, 3)))
             if self._fast and source.codec.scales(factor):
                 return source.codec.decode_scaled(data, factor)
             return source.codec.decode_mean(data, factor)
 
     def _bytes(self, file: _File, place: int, count: int) -> bytes:
         self.reads += 1
+        began = time.perf_counter()
         try:
             with timed("read"):
                 data = self._pread(file.descriptor, count, place)
         except OSError as error:
             message = f"{self._name} cannot be read: {error.strerror}; check the disk or share it lies on"
             raise SlideError(Reason.READ_ERROR, message) from error
+        self._read_s += (time.perf_counter() - began - self._read_s) / READS_REMEMBERED
         if len(data) < count:
             message = f"{self._name} ends at byte {place + len(data)} since it was opened; copy it again from its source"
             raise SlideError(Reason.READ_ERROR, message)

@@ -5,6 +5,7 @@ Kept arrays are never written to, so that forgetting one spoils no thread that s
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,6 +13,10 @@ from collections.abc import Callable, Hashable
 import numpy as np
 
 from pathology.readers.codecs import Corrupt, Pixels
+
+SPARES = 8
+# References to an array that only `spare` holds: its list, its loop's name, and getrefcount's argument.
+IN_HAND = 3
 
 
 class TileCache:
@@ -23,6 +28,7 @@ class TileCache:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, Pixels | Corrupt] = OrderedDict()
         self._making: dict[Hashable, threading.Event] = {}
+        self._spare: list[Pixels] = []
 
     def __contains__(self, name: Hashable) -> bool:
         """Whether the tile is kept or being made."""
@@ -48,6 +54,18 @@ class TileCache:
             raise Corrupt(str(kept))
         return kept
 
+    def spare(self, shape: tuple[int, ...]) -> Pixels | None:
+        """An array of `shape` that was forgotten and that nobody else holds: to be written to again.
+
+        Fresh memory costs a fifth of a tile's decoding, most of it the kernel's work of handing out empty pages.
+        """
+        with self._lock:
+            for place, array in enumerate(self._spare):
+                # A view of it, in a thread that still copies, would count as well.
+                if array.shape == shape and sys.getrefcount(array) == IN_HAND:
+                    return self._spare.pop(place)
+        return None
+
     def _make(self, name: Hashable, make: Callable[[], Pixels], made: threading.Event) -> Pixels | Corrupt:
         kept: Pixels | Corrupt | None = None
         try:
@@ -61,7 +79,10 @@ class TileCache:
                     self._kept[name] = kept
                     self._bytes += _size(kept)
                 while self._bytes > self._limit and len(self._kept) > 1:
-                    self._bytes -= _size(self._kept.popitem(last=False)[1])
+                    _, dropped = self._kept.popitem(last=False)
+                    self._bytes -= _size(dropped)
+                    if isinstance(dropped, np.ndarray) and dropped.flags.writeable:
+                        self._spare = [*self._spare[-SPARES + 1 :], dropped]
             made.set()
         return kept
 
