@@ -44,6 +44,7 @@ ORDER = [
     "pathology.models.refs",
     "pathology.models.checks",
     "pathology.models.trust",
+    "pathology.models.network",
     "pathology.models.nuclei",
     "pathology.models.python",
     "pathology.models.wsinfer",

@@ -303,7 +303,7 @@ def test_one_class_is_a_sigmoid_and_no_resize_keeps_the_tile(folder: Path) -> No
 
 def test_network_with_another_class_count_is_refused_when_it_answers(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config(num_classes=2, class_names=["Other", "Tumor"])))
-    with pytest.raises(ModelError, match=r"answered \(4, 3\) for 4 tiles, but config.json names 2 classes"):
+    with pytest.raises(ModelError, match=r"answered \(4, 3\) for 4 tiles, but its card names 2 classes"):
         warm_up(load_model(str(trusted(folder))), 4)
 
 
