@@ -130,7 +130,7 @@ class _Window:
                 yield outcome
 
     def _check_models(self) -> None:
-        for job in {(s.job.model, s.job.device, s.job.batch_size, s.job.threads): s.job for s in self._states}.values():
+        for job in {worker.model_of(s.job): s.job for s in self._states}.values():
             self._tasks.submit(None, worker.check_model, job)
             while True:
                 try:

@@ -36,7 +36,6 @@ from pathology.slide import Slide
 from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
 
-PRECISION = "fp32"
 KEPT_SLIDES = 4
 
 K = TypeVar("K")
@@ -65,13 +64,18 @@ class _Kept:
         self.device_lock = threading.Lock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
-        self.models: dict[tuple[str, str], Model] = {}
-        self.predictors: dict[tuple[str, str, int], Predictor] = {}
+        self.models: dict[tuple[object, ...], Model] = {}
+        self.predictors: dict[tuple[object, ...], Predictor] = {}
         self.pools: dict[int, ThreadPoolExecutor] = {}
         self.threads = 0
 
 
 _kept = _Kept()
+
+
+def model_of(job: Job) -> tuple[object, ...]:
+    """What decides how a job's model is run: jobs for which it is equal share one check."""
+    return (job.model, job.device, job.precision, job.compile, job.batch_size, job.threads)
 
 
 def check_model(job: Job) -> ModelSpec:
@@ -158,7 +162,8 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "tissue": job.tissue,
         "min_tissue": job.min_tissue,
         "blend": job.blend if spec.output_px > 1 else "none",
-        "precision": PRECISION,
+        "precision": job.precision,
+        "compile": job.compile,
     }
 
 
@@ -255,9 +260,9 @@ def _model(job: Job) -> Model:
         if _kept.threads != job.threads:
             set_threads(job.threads)
             _kept.threads = job.threads
-        name = (job.model, job.device)
+        name = (job.model, job.device, job.precision, job.compile)
         if name not in _kept.models:
-            _kept.models[name] = load_model(job.model, job.device)
+            _kept.models[name] = load_model(job.model, job.device, job.precision, job.compile)
         return _kept.models[name]
 
 
@@ -276,7 +281,7 @@ def _predict(job: Job, in_order: bool) -> Predict:
 
         return predict
     with _kept.lock:
-        name = (job.model, job.device, job.batch_size)
+        name = (job.model, job.device, job.precision, job.compile, job.batch_size)
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
         return _kept.predictors[name].predict

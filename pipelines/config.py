@@ -26,17 +26,25 @@ class Settings:
     batch_size: int = 32
     readers: int | None = None
     threads: int | None = None
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    compile: bool = False
     overwrite: bool = False
     strict: bool = False
 
 
 def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, device: str) -> list[Job]:
-    """A job for each slide and model, slide by slide. `device` is what `settings.device` came to on this machine."""
+    """A job for each slide and model, slide by slide. `device` is what `settings.device` came to on this machine.
+
+    Raises UsageError and ModelError for models named twice or not known, and for a precision that is not to be had.
+    """
     from pathology.cores import core_count
+    from pathology.device import choose_precision
+    from pathology.models import is_network
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
     cores = core_count()
+    precisions = {model: choose_precision(settings.precision, device, is_network(model)) for model in models}
     return [
         Job(
             slide=str(slide.path),
@@ -53,6 +61,8 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             batch_size=settings.batch_size,
             threads=settings.threads or cores,
             readers=settings.readers or cores,
+            precision=precisions[model],
+            compile=settings.compile,
             overwrite=settings.overwrite,
             strict=settings.strict,
             columns=slide.columns,
