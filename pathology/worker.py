@@ -10,14 +10,10 @@ import functools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pathology.device import environment, set_threads
 from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
@@ -30,7 +26,7 @@ from pathology.model import Model, ModelSpec
 from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
 from pathology.plan import Plan, make_plan
-from pathology.predictor import Predict, Predictor, predict_in_order
+from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.readers import open_slide
 from pathology.slide import Slide
 from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
@@ -123,7 +119,8 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     emit(Path(job.out), "region-start", what)
     began = time.perf_counter()
     pool = None if in_order else _pool(job.readers)
-    scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool, job.readers)
+    with closed_at_end(_predict(job, in_order)) as predict:
+        scores = infer_region(slide, spec, plan, region, predict, pool, job.readers)
     counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
     work.put(region, scores, counts, _environment(job.device, job.threads))
     emit(Path(job.out), "region-done", {**what, **counts})
@@ -275,11 +272,7 @@ def _environment(device: str, threads: int) -> dict[str, str | int]:
 def _predict(job: Job, in_order: bool) -> Predict:
     model = _model(job)
     if in_order:
-
-        def predict(tiles: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-            return predict_in_order(model, job.batch_size, tiles)
-
-        return predict
+        return functools.partial(predict_in_order, model, job.batch_size)
     with _kept.lock:
         name = (job.model, job.device, job.precision, job.compile, job.batch_size)
         if name not in _kept.predictors:
