@@ -49,6 +49,7 @@ ORDER = [
     "pathology.models.python",
     "pathology.models.wsinfer",
     "pathology.models",
+    "pathology.threads",
     "pathology.predictor",
     "pathology.batches",
     "pathology.infer",

@@ -16,6 +16,7 @@ from torch import nn
 
 from pathology.errors import EnvironmentFault, ModelError, UsageError
 from pathology.model import Model, ModelSpec, QueuedModel
+from pathology.models import network as network_module
 from pathology.models.network import QueuedNetwork, TorchNetwork, halve
 
 SIDE, CLASSES = 24, 3
@@ -73,8 +74,10 @@ def scripted(network: nn.Module) -> torch.jit.ScriptModule:
         return made
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100])
 @pytest.mark.parametrize("kind", ["module", "script"])
-def test_scores_are_those_by_hand_bit_for_bit(net: Net, kind: str) -> None:
+def test_scores_are_those_by_hand_bit_for_bit(net: Net, kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_module, "NORMALISED_PX", at_once * SIDE**2)
     network = scripted(net) if kind == "script" else copy.deepcopy(net)
     model = TorchNetwork(spec(), network, mean=MEAN, std=STD, activation="softmax")
     assert isinstance(model, Model)

@@ -29,6 +29,9 @@ Colour = tuple[float, float, float]
 # Their weights go to the tensor units in half precision; autocast would convert them again at every call.
 HALVED = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear")
 
+# Pixels normalised at a time: 8 tiles of 224 px.
+NORMALISED_PX = 8 * 224**2
+
 # Batches whose upload, computation and download overlap.
 SLOTS = 2
 
@@ -104,16 +107,19 @@ class TorchNetwork:
     def _normalised(self, tiles: torch.Tensor) -> torch.Tensor:
         """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, in a buffer that the next call writes over.
 
-        Tile by tile, so that the three passes over a tile find it in the cache: 0.18 ms a 224-px tile on one core, against
-        0.65 ms batch by batch and 0.31 ms for the fastest gather from a table of 256 x 3 values.
+        A few tiles at a time, so that the three passes over them find them in the cache (0.17 ms a 224-px tile on one core,
+        0.65 ms batch by batch with new memory, 0.31 ms for the fastest gather from a table of 256 x 3 values), and no fewer:
+        every operation asks for Python's lock again, and beside busy readers one tile at a time halved the model's rate.
         """
         import torch
 
         if self._normal.shape != tiles.shape:
             self._normal = torch.empty(tiles.shape, dtype=torch.float32)
-        rows = (len(tiles), tiles.shape[1], -1)
-        for tile, slot in zip(tiles.view(rows), self._normal.view(rows), strict=True):
-            slot.copy_(tile).sub_(self._shift).div_(self._scale)
+        count, side = tiles.shape[:2]
+        flat, normal = tiles.view(count, side, -1), self._normal.view(count, side, -1)
+        step = max(1, NORMALISED_PX // side**2)
+        for first in range(0, count, step):
+            normal[first : first + step].copy_(flat[first : first + step]).sub_(self._shift).div_(self._scale)
         return self._normal.permute(0, 3, 1, 2)
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
