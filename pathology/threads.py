@@ -29,10 +29,11 @@ class Split:
     threads: int
 
 
-def split_threads(cores: int, read_s: float, model_s: float) -> Split:
+def split_threads(cores: int, read_s: float, model_s: float, threads: int = 0) -> Split:
     """The division of `cores` whose slower side is quickest.
 
     read_s, model_s   seconds a tile on one thread each
+    threads           torch threads where they are given; 0: to be found
 
     A model on t threads takes model_s / t, as reading on the r = cores - t others takes read_s / r. A model on all cores is
     interrupted by its reader: torch's threads wait for each other, so both take model_s / cores + read_s. Ties go to fewer
@@ -45,7 +46,7 @@ def split_threads(cores: int, read_s: float, model_s: float) -> Split:
         left = cores - threads
         return max(model_s / threads, read_s / left) if left else model_s / cores + read_s
 
-    threads = min(range(1, cores + 1), key=slower)
+    threads = threads or min(range(1, cores + 1), key=slower)
     return Split(readers=cores if threads == 1 else max(1, cores - threads), threads=threads)
 
 

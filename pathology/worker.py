@@ -15,7 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
+from pathology.batches import read_tiles
+from pathology.cores import core_count
 from pathology.device import environment, set_threads
+from pathology.durable import make_folders, write_file
 from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
@@ -29,6 +34,7 @@ from pathology.plan import Plan, make_plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.readers import open_slide
 from pathology.slide import Slide
+from pathology.threads import Split, measure_model, measure_reading, split_threads
 from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
 
@@ -71,7 +77,7 @@ _kept = _Kept()
 
 def model_of(job: Job) -> tuple[object, ...]:
     """What decides how a job's model is run: jobs for which it is equal share one check."""
-    return (job.model, job.device, job.precision, job.compile, job.batch_size, job.threads)
+    return (job.model, job.device, job.precision, job.compile, job.batch_size, job.threads, job.readers)
 
 
 def check_model(job: Job) -> ModelSpec:
@@ -79,6 +85,43 @@ def check_model(job: Job) -> ModelSpec:
     model = _model(job)
     warm_up(model, job.batch_size)
     return model.spec
+
+
+def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> Split:
+    """The threads for `jobs`, which share a model: those they leave open as measured, in one of `processes` of this machine.
+
+    Reading is measured on the first slide that opens; not `read`: taken for quick. How many threads torch has can decide last
+    bits, so that number is kept beside unfinished work, and a resumed run goes on with it.
+    """
+    job = jobs[0]
+    cores = max(1, core_count() // processes)
+    if job.device != "cpu":
+        return Split(job.readers or cores, job.threads or 1)
+    model = _model(job)
+    read_s = _reading(jobs, model.spec) if read else 0.0
+    split = split_threads(cores, read_s, measure_model(model, job.batch_size), job.threads)
+    if not job.threads:
+        kept = Path(job.out) / ".work" / f"threads-{key_of({'model': model.spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
+        if kept.exists():
+            split = split_threads(cores, read_s, 0.0, int(kept.read_text()))
+        else:
+            make_folders(kept.parent)
+            write_file(kept, str(split.threads).encode())
+    return Split(job.readers or split.readers, split.threads)
+
+
+def _reading(jobs: tuple[Job, ...], spec: ModelSpec) -> float:
+    """Seconds to read a tile from the middle of the first slide that opens; 0 where none does."""
+    for job in jobs:
+        try:
+            slide = _slide(job)
+            grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+            middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
+            tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
+            return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
+        except SlideError:
+            continue  # it is named when its turn comes
+    return 0.0
 
 
 def prepare(job: Job) -> Prepared:
@@ -255,7 +298,7 @@ def _keep(kept: OrderedDict[K, V], name: K, value: V) -> None:
 def _model(job: Job) -> Model:
     with _kept.lock:
         if _kept.threads != job.threads:
-            set_threads(job.threads)
+            set_threads(job.threads or 1)  # one while it is measured how many there should be
             _kept.threads = job.threads
         name = (job.model, job.device, job.precision, job.compile)
         if name not in _kept.models:

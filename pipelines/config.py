@@ -37,13 +37,11 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
 
     Raises UsageError and ModelError for models named twice or not known, and for a precision that is not to be had.
     """
-    from pathology.cores import core_count
     from pathology.device import choose_precision
     from pathology.models import is_network
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
-    cores = core_count()
     precisions = {model: choose_precision(settings.precision, device, is_network(model)) for model in models}
     return [
         Job(
@@ -59,8 +57,8 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             tissue=settings.tissue,
             device=device,
             batch_size=settings.batch_size,
-            threads=settings.threads or cores,
-            readers=settings.readers or cores,
+            threads=settings.threads or 0,
+            readers=settings.readers or 0,
             precision=precisions[model],
             compile=settings.compile,
             overwrite=settings.overwrite,

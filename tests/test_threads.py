@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,6 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pathology import Job, worker
+from pathology.finish import read_record
+from pathology.runner import _Window, run
+from pathology.schedule import Done, InOrder
 from pathology.testing import constant
 from pathology.threads import TILES, Split, measure_model, measure_reading, split_threads
 
@@ -46,6 +54,12 @@ def test_no_more_threads_than_cores_but_for_one_reader(cores: int, read_s: float
 @given(cores=st.integers(1, 64), read_s=SECONDS, model_s=SECONDS, factor=st.floats(1, 100))
 def test_a_heavier_model_is_never_given_fewer_threads(cores: int, read_s: float, model_s: float, factor: float) -> None:
     assert split_threads(cores, read_s, model_s * factor).threads >= split_threads(cores, read_s, model_s).threads
+
+
+def test_given_torch_threads_are_kept() -> None:
+    assert split_threads(8, 1.0, 1e-6, threads=6) == Split(readers=2, threads=6)
+    assert split_threads(2, 1.0, 1.0, threads=5) == Split(readers=1, threads=5)
+    assert split_threads(4, 1.0, 1e3, threads=1) == Split(readers=4, threads=1)
 
 
 def test_no_cores_are_refused() -> None:
@@ -107,3 +121,56 @@ def test_reading_is_measured_on_few_tiles(seconds: list[float], read: int, a_til
 
     assert measure_reading(tiles(), clock) == pytest.approx(a_tile)
     assert len(taken) == read
+
+
+def test_a_run_measures_once_and_a_resumed_one_keeps_the_torch_threads(
+    reference_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(reference_job, out=str(tmp_path), threads=0, readers=0)
+    costs = iter([0.0, 1e6])  # a light model; then, as if the machine were busy, one far slower than reading
+    measured: list[float] = []
+
+    def made_up(*_: object) -> float:
+        measured.append(next(costs))
+        return measured[-1]
+
+    monkeypatch.setattr(worker, "measure_model", made_up)
+    monkeypatch.setattr(worker, "core_count", lambda: 2)
+    first = worker.divide_cores((job,))
+    assert first == Split(readers=2, threads=1)
+    assert worker.divide_cores((job,)) == first
+    assert measured == [0.0, 1e6]
+
+
+def test_jobs_are_run_with_the_threads_that_were_measured(
+    reference_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "core_count", lambda: 4)
+    broken = replace(reference_job, slide=str(tmp_path / "none.svs"), slide_id="none", root=str(tmp_path / "none.svs"))
+    jobs = [replace(job, out=str(tmp_path), threads=2, readers=0) for job in (broken, reference_job)]
+    outcomes = {outcome.job.slide_id: outcome for outcome in run(jobs, "sync")}
+    assert outcomes["none"].status == "failed"  # and did not keep the other from being measured
+    done = outcomes["small"].job
+    assert (done.readers, done.threads) == (2, 2)
+    assert read_record(done.result_folder("identity")) == outcomes["small"].record
+
+
+def test_a_slide_that_kills_the_measuring_worker_is_no_fault_of_the_model(reference_job: Job, tmp_path: Path) -> None:
+    class Mortal(InOrder):
+        """Reports the death of a worker that measures how quick reading is."""
+
+        asked: ClassVar[list[tuple[object, ...]]] = []
+
+        def submit(self, token: object, function: Callable[..., Any], *arguments: Any) -> None:
+            if function is worker.divide_cores:
+                self.asked.append(arguments[1:])
+                if len(self.asked) == 1:
+                    self.done.put(Done(token, error=RuntimeError("killed"), died=True))
+                    return
+            super().submit(token, function, *arguments)
+
+    job = replace(reference_job, out=str(tmp_path), threads=1, readers=0)
+    (outcome,) = _Window([job], Mortal(), lambda _: None, threading.Event(), 1).outcomes()
+    assert outcome.status == "ok"
+    assert outcome.job.readers >= 1
+    assert Mortal.asked == [(1,), (1, False)]
