@@ -12,11 +12,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pathology.errors import EnvironmentFault, UsageError
+from pathology.job import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 # Besides torch and what it computes with, these decode and resize pixels: another version may give other bits.
 LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin")
@@ -24,23 +29,27 @@ LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-p
 
 @dataclass(frozen=True, slots=True)
 class TorchFacts:
-    """What this torch can use: built for CUDA or not, CUDA devices it sees, Apple's MPS."""
+    """What this torch can use: built for CUDA or not, CUDA devices it sees, Apple's MPS; bf16 on all of the former."""
 
     version: str
     cuda_build: bool
     cuda_count: int
     mps: bool
+    cuda_bf16: bool = False
 
 
 def torch_facts() -> TorchFacts:
     """The facts of the installed torch (imports it)."""
     import torch
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return TorchFacts(
         version=torch.__version__,
         cuda_build=torch.version.cuda is not None or torch.version.hip is not None,
-        cuda_count=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        cuda_count=count,
         mps=torch.backends.mps.is_available(),
+        # In hardware from Ampere (8.0) on; before that torch emulates it, slowly.
+        cuda_bf16=count > 0 and all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(count)),
     )
 
 
@@ -100,6 +109,36 @@ def choose_device(name: str = "auto", facts: TorchFacts | None = None, nvidia: b
     return name
 
 
+def choose_precision(name: str, device: str, network: bool = True, facts: TorchFacts | None = None) -> Precision:
+    """What `name`, one of "auto", "fp32", "bf16", "fp16", comes to on `device` for a model.
+
+    auto is bf16 on CUDA where every device has it, else fp16 there, and fp32 elsewhere and for a model without a torch
+    `network`. Raises UsageError for another name, and for what the device or the model cannot do.
+    """
+    if name not in ("auto", "fp32", "bf16", "fp16"):
+        raise UsageError(f"precision {name!r} is not known; use fp32, bf16, fp16 or auto")
+    cuda = device.startswith("cuda")
+    if name == "fp32" or (name == "auto" and not (network and cuda)):
+        return "fp32"
+    if not network:
+        raise UsageError(f"precision {name} is for models that are torch networks, and this one is none; use fp32 or auto")
+    bf16 = not cuda or (facts or torch_facts()).cuda_bf16
+    chosen: Precision = "bf16" if name == "bf16" or (name == "auto" and bf16) else "fp16"
+    if chosen == "bf16" and not bf16:
+        raise UsageError(f"device {device} does not compute in bf16; use --precision fp16 or auto")
+    check_precision(chosen, device)
+    return chosen
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Raise UsageError where `device` does not compute in `precision`: the CPU not in fp16, MPS in fp32 only."""
+    kind = device.partition(":")[0]
+    if precision == "fp16" and kind == "cpu":
+        raise UsageError("precision fp16 is for CUDA devices: the CPU has no fast fp16; use --precision bf16 or fp32")
+    if precision != "fp32" and kind == "mps":
+        raise UsageError(f"precision {precision} is not tried on mps; use --precision fp32")
+
+
 def device_count(kind: str, facts: TorchFacts | None = None) -> int:
     """How many devices of `kind` ("cpu", "cuda", "mps") one machine offers; the CPU is one."""
     if kind not in ("cpu", "cuda", "mps"):
@@ -151,3 +190,88 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         except importlib.metadata.PackageNotFoundError:
             facts[library] = "none"
     return facts
+
+
+class Mark(Protocol):
+    """A point in a queue."""
+
+    def synchronize(self) -> None:
+        """Wait, on the host, until the queue has come to this point."""
+        ...
+
+
+class Queue(Protocol):
+    """Work for a device, done in order, beside what other queues do."""
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Enqueue what `work` asks of the device."""
+        ...
+
+    def mark(self) -> Mark:
+        """The point after all that was enqueued so far."""
+        ...
+
+    def after(self, mark: Mark) -> None:
+        """Let all that is enqueued from now on wait for another queue's `mark`."""
+        ...
+
+
+class Queues(Protocol):
+    """What overlapping needs of a device: three queues, memory there, and host memory that it fetches by itself."""
+
+    @property
+    def upload(self) -> Queue: ...
+    @property
+    def compute(self) -> Queue: ...
+    @property
+    def download(self) -> Queue: ...
+
+    def memory(self, shape: tuple[int, ...], dtype: Literal["uint8", "float32"]) -> torch.Tensor: ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: Literal["uint8", "float32"]) -> torch.Tensor: ...
+
+
+class CudaQueues:
+    """CUDA streams, events and page-locked memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device = device
+        torch.cuda.synchronize(device)  # weights were uploaded in the default stream
+        self.upload, self.compute, self.download = (
+            _CudaQueue(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]  # torch has no types here
+            for _ in range(3)
+        )
+
+    def memory(self, shape: tuple[int, ...], dtype: Literal["uint8", "float32"]) -> torch.Tensor:
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Literal["uint8", "float32"]) -> torch.Tensor:
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
+
+
+class _CudaQueue:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def run(self, work: Callable[[], object]) -> None:
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def mark(self) -> Mark:
+        import torch
+
+        # A host that waits for it sleeps, and leaves its core to decoding.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no types here
+        event.record(self._stream)
+        return event
+
+    def after(self, mark: Mark) -> None:
+        self._stream.wait_event(mark)

@@ -36,8 +36,8 @@ class Job:
     block        strides a side of a region; None: as the plan sees fit
     device       "cpu", "cuda", "cuda:N", "mps"
     batch_size   tiles per model call; part of what decides the last bits
-    threads      torch threads of a process; likewise
-    readers      threads that read tiles in a process
+    threads      torch threads of a process; likewise. 0: as measured at the run's start
+    readers      threads that read tiles in a process. 0: as measured at the run's start
     precision    what the network computes in; "fp32" is the reference
     compile      let torch compile the network
     reader       which reader gives the pixels; "auto": the first that suits the file
@@ -80,8 +80,10 @@ class Job:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"batch size {self.batch_size}: use 1 or more")
-        if self.readers < 1:
-            raise UsageError(f"{self.readers} reader threads: use 1 or more")
+        if self.readers < 0:
+            raise UsageError(f"{self.readers} reader threads: use 1 or more, or 0 to have them measured")
+        if self.threads < 0:
+            raise UsageError(f"{self.threads} torch threads: use 1 or more, or 0 to have them measured")
 
     def stride_px(self, tile_px: int) -> int:
         """Grid px between neighbouring tiles for this overlap."""

@@ -97,3 +97,24 @@ class Model(Protocol):
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores, activation applied."""
         ...
+
+
+class Answer(Protocol):
+    """Scores that a model is still working on."""
+
+    def result(self) -> NDArray[np.float32]:
+        """What the model's call would have returned, waited for."""
+        ...
+
+
+@runtime_checkable
+class QueuedModel(Model, Protocol):
+    """A model on a device that works by itself: several batches may be on their way, answered in the order they went in."""
+
+    def staging(self, batch_size: int) -> NDArray[np.uint8]:
+        """(batch_size, input_px, input_px, 3) uint8 zeros, in memory from which batches go up quickest."""
+        ...
+
+    def submit(self, tiles: NDArray[np.uint8]) -> Answer:
+        """Begin with a batch, which must stay as it is until its result was taken. From one thread at a time."""
+        ...

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pathology import worker
@@ -21,6 +21,8 @@ from pathology.schedule import Done, Tasks, open_tasks
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
+# Slides of which the first that opens is read from to measure how quick reading is.
+SLIDES_TRIED = 4
 # After a stop, this long for tasks that run to end by themselves.
 DRAIN_S = 8.0
 
@@ -91,7 +93,8 @@ def run(
     """
     tasks = open_tasks(scheduler, devices, dashboard)
     try:
-        yield from _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event()).outcomes()
+        processes = devices if scheduler == "processes" else 1
+        yield from _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes).outcomes()
     finally:
         tasks.close()
 
@@ -99,7 +102,15 @@ def run(
 class _Window:
     """The bounded window of tasks over all jobs, in order; later jobs begin while earlier ones end."""
 
-    def __init__(self, jobs: Sequence[Job], tasks: Tasks, progress: Callable[[Progress], None], stop: threading.Event) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        tasks: Tasks,
+        progress: Callable[[Progress], None],
+        stop: threading.Event,
+        processes: int,  # that share a machine's cores
+    ) -> None:
+        self._processes = processes
         self._states = [_State(job) for job in jobs]
         self._tasks = tasks
         self._progress = progress
@@ -130,22 +141,35 @@ class _Window:
                 yield outcome
 
     def _check_models(self) -> None:
-        for job in {(s.job.model, s.job.device, s.job.batch_size, s.job.threads): s.job for s in self._states}.values():
-            self._tasks.submit(None, worker.check_model, job)
-            while True:
-                try:
-                    done = self._tasks.done.get(timeout=0.2)
-                except queue.Empty:
-                    if self._stop.is_set():
-                        raise Interrupted("the run was stopped before it began") from None
-                    continue
-                break
+        shared: dict[tuple[object, ...], list[_State]] = {}
+        for state in self._states:
+            shared.setdefault(worker.model_of(state.job), []).append(state)
+        for states in shared.values():
+            job = states[0].job
+            done = self._alone(worker.check_model, job)
             if done.died:
                 raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
+            if not done.error and not (job.threads and job.readers):
+                done = self._alone(worker.divide_cores, tuple(s.job for s in states[:SLIDES_TRIED]), self._processes)
+                if done.died:  # a slide's fault; whose, will be seen when its turn comes
+                    done = self._alone(worker.divide_cores, (job,), self._processes, False)
+                if not done.error:
+                    for state in states:
+                        state.job = replace(state.job, readers=done.value.readers, threads=done.value.threads)
             if isinstance(done.error, PathologyError):
                 raise done.error
             if done.error is not None:
                 raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
+
+    def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
+        """Run `function` as a task while nothing else runs, and wait for its end."""
+        self._tasks.submit(None, function, *arguments)
+        while True:
+            try:
+                return self._tasks.done.get(timeout=0.2)
+            except queue.Empty:
+                if self._stop.is_set():
+                    raise Interrupted("the run was stopped before it began") from None
 
     def _choose(self, room: int) -> _Task | None:
         """The next task to submit, None for none now."""

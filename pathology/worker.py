@@ -10,16 +10,16 @@ import functools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pathology.batches import ReadPool
+from pathology.batches import ReadPool, read_tiles
+from pathology.cores import core_count
 from pathology.device import environment, set_threads
+from pathology.durable import make_folders, write_file
 from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
@@ -30,13 +30,13 @@ from pathology.model import Model, ModelSpec
 from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
 from pathology.plan import Plan, make_plan
-from pathology.predictor import Predict, Predictor, predict_in_order
+from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.readers import open_slide
 from pathology.slide import Slide
+from pathology.threads import Split, measure_model, measure_reading, split_threads
 from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
 
-PRECISION = "fp32"
 KEPT_SLIDES = 4
 CACHE_SHARE = 4  # of a job's memory, for decoded tiles: 1 / 4
 
@@ -66,8 +66,8 @@ class _Kept:
         self.device_lock = threading.Lock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
-        self.models: dict[tuple[str, str], Model] = {}
-        self.predictors: dict[tuple[str, str, int], Predictor] = {}
+        self.models: dict[tuple[object, ...], Model] = {}
+        self.predictors: dict[tuple[object, ...], Predictor] = {}
         self.pools: dict[int, ReadPool] = {}
         self.threads = 0
 
@@ -75,11 +75,53 @@ class _Kept:
 _kept = _Kept()
 
 
+def model_of(job: Job) -> tuple[object, ...]:
+    """What decides how a job's model is run: jobs for which it is equal share one check."""
+    return (job.model, job.device, job.precision, job.compile, job.batch_size, job.threads, job.readers)
+
+
 def check_model(job: Job) -> ModelSpec:
     """Load the job's model, run it once, and return its card. Raises ModelError."""
     model = _model(job)
     warm_up(model, job.batch_size)
     return model.spec
+
+
+def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> Split:
+    """The threads for `jobs`, which share a model: those they leave open as measured, in one of `processes` of this machine.
+
+    Reading is measured on the first slide that opens; not `read`: taken for quick. How many threads torch has can decide last
+    bits, so that number is kept beside unfinished work, and a resumed run goes on with it.
+    """
+    job = jobs[0]
+    cores = max(1, core_count() // processes)
+    if job.device != "cpu":
+        return Split(job.readers or cores, job.threads or 1)
+    model = _model(job)
+    read_s = _reading(jobs, model.spec) if read else 0.0
+    split = split_threads(cores, read_s, measure_model(model, job.batch_size), job.threads)
+    if not job.threads:
+        kept = Path(job.out) / ".work" / f"threads-{key_of({'model': model.spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
+        if kept.exists():
+            split = split_threads(cores, read_s, 0.0, int(kept.read_text()))
+        else:
+            make_folders(kept.parent)
+            write_file(kept, str(split.threads).encode())
+    return Split(job.readers or split.readers, split.threads)
+
+
+def _reading(jobs: tuple[Job, ...], spec: ModelSpec) -> float:
+    """Seconds to read a tile from the middle of the first slide that opens; 0 where none does."""
+    for job in jobs:
+        try:
+            slide = _slide(job)
+            grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+            middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
+            tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
+            return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
+        except SlideError:
+            continue  # it is named when its turn comes
+    return 0.0
 
 
 def prepare(job: Job) -> Prepared:
@@ -120,7 +162,8 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     emit(Path(job.out), "region-start", what)
     began = time.perf_counter()
     pool = None if in_order else _pool(job.readers)
-    scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool)
+    with closed_at_end(_predict(job, in_order)) as predict:
+        scores = infer_region(slide, spec, plan, region, predict, pool)
     counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
     work.put(region, scores, counts, _environment(job.device, job.threads))
     emit(Path(job.out), "region-done", {**what, **counts})
@@ -160,7 +203,8 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "tissue": job.tissue,
         "min_tissue": job.min_tissue,
         "blend": job.blend if spec.output_px > 1 else "none",
-        "precision": PRECISION,
+        "precision": job.precision,
+        "compile": job.compile,
     }
 
 
@@ -262,11 +306,11 @@ def _keep(kept: OrderedDict[K, V], name: K, value: V) -> None:
 def _model(job: Job) -> Model:
     with _kept.lock:
         if _kept.threads != job.threads:
-            set_threads(job.threads)
+            set_threads(job.threads or 1)  # one while it is measured how many there should be
             _kept.threads = job.threads
-        name = (job.model, job.device)
+        name = (job.model, job.device, job.precision, job.compile)
         if name not in _kept.models:
-            _kept.models[name] = load_model(job.model, job.device)
+            _kept.models[name] = load_model(job.model, job.device, job.precision, job.compile)
         return _kept.models[name]
 
 
@@ -279,13 +323,9 @@ def _environment(device: str, threads: int) -> dict[str, str | int]:
 def _predict(job: Job, in_order: bool) -> Predict:
     model = _model(job)
     if in_order:
-
-        def predict(tiles: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-            return predict_in_order(model, job.batch_size, tiles)
-
-        return predict
+        return functools.partial(predict_in_order, model, job.batch_size)
     with _kept.lock:
-        name = (job.model, job.device, job.batch_size)
+        name = (job.model, job.device, job.precision, job.compile, job.batch_size)
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
         return _kept.predictors[name].predict

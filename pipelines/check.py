@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pathology.cores import core_count
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
 from pathology.model import ModelSpec
@@ -54,7 +55,7 @@ def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, jo
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
     stored = int(height * width * len(spec.classes) * 4 * pyramid)
-    memory = memory_bound(plan, spec, batch_size=job.batch_size, readers=job.readers)
+    memory = memory_bound(plan, spec, batch_size=job.batch_size, readers=job.readers or core_count())
     return Verdict(entry, info, spec, plan, stored, memory)
 
 

@@ -100,7 +100,7 @@ def job_options(command: Command) -> Command:
             "--tissue", type=click.Choice(["otsu", "none"]), default="otsu", show_default=True, help="How tissue is found."
         ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
-        click.option("--num-workers", type=int, help="Threads that read tiles, per worker process.  [default: all cores]"),
+        click.option("--num-workers", type=int, help="Threads that read tiles, per worker process.  [default: measured]"),
         click.option(
             "--memory",
             type=Bytes(),
@@ -120,7 +120,15 @@ def job_options(command: Command) -> Command:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for results; run again to go on.")
 @job_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--threads", type=int, help="Torch threads on the CPU.  [default: all cores]")
+@click.option("--threads", type=int, help="Torch threads on the CPU.  [default: measured]")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
+    default="fp32",
+    show_default=True,
+    help="What torch networks compute in. auto: bf16 or fp16 on CUDA, fp32 elsewhere.",
+)
+@click.option("--compile", is_flag=True, help="Let torch compile networks: slower to start, other last bits.")
 @click.option(
     "--scheduler",
     default="processes",

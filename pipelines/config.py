@@ -29,6 +29,8 @@ class Settings:
     fast_decode: bool = False
     memory: int | None = None
     threads: int | None = None
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    compile: bool = False
     overwrite: bool = False
     strict: bool = False
 
@@ -45,12 +47,17 @@ def default_memory(free: int) -> int:
 
 
 def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, device: str) -> list[Job]:
-    """A job for each slide and model, slide by slide. `device` is what `settings.device` came to on this machine."""
-    from pathology.cores import core_count, memory_limit_bytes
+    """A job for each slide and model, slide by slide. `device` is what `settings.device` came to on this machine.
+
+    Raises UsageError and ModelError for models named twice or not known, and for a precision that is not to be had.
+    """
+    from pathology.cores import memory_limit_bytes
+    from pathology.device import choose_precision
+    from pathology.models import is_network
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
-    cores = core_count()
+    precisions = {model: choose_precision(settings.precision, device, is_network(model)) for model in models}
     return [
         Job(
             slide=str(slide.path),
@@ -65,11 +72,13 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             tissue=settings.tissue,
             device=device,
             batch_size=settings.batch_size,
-            threads=settings.threads or cores,
-            readers=settings.readers or cores,
+            threads=settings.threads or 0,
+            readers=settings.readers or 0,
             reader=settings.reader,
             fast_decode=settings.fast_decode,
             memory=settings.memory or default_memory(memory_limit_bytes()),
+            precision=precisions[model],
+            compile=settings.compile,
             overwrite=settings.overwrite,
             strict=settings.strict,
             columns=slide.columns,

@@ -23,6 +23,7 @@ from pathology.device import (
     TorchFacts,
     accelerator_possible,
     choose_device,
+    choose_precision,
     device_count,
     environment,
     nvidia_present,
@@ -106,6 +107,44 @@ def test_nvidia_device_node_or_tool_is_enough(tmp_path: Path) -> None:
     assert nvidia_present(nothing, {"PATH": fake_smi(tmp_path / "a", 'echo "GPU 0: Some Model (UUID: x)"')})
     assert not nvidia_present(nothing, {"PATH": fake_smi(tmp_path / "b", "echo 'no devices were found'")})
     assert not nvidia_present(nothing, {"PATH": fake_smi(tmp_path / "c", "echo 'GPU 0: lost'; exit 9")})
+
+
+NEW_CUDA = TorchFacts("2.13.0", cuda_build=True, cuda_count=2, mps=False, cuda_bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "network", "facts", "chosen"),
+    [
+        ("auto", "cuda", True, NEW_CUDA, "bf16"),
+        ("auto", "cuda:1", True, CUDA_TORCH, "fp16"),
+        ("auto", "cuda", False, NEW_CUDA, "fp32"),
+        ("auto", "cpu", True, NEW_CUDA, "fp32"),
+        ("auto", "mps", True, APPLE_TORCH, "fp32"),
+        ("fp32", "cuda", False, NEW_CUDA, "fp32"),
+        ("fp16", "cuda", True, NEW_CUDA, "fp16"),
+        ("bf16", "cuda", True, NEW_CUDA, "bf16"),
+        ("bf16", "cpu", True, CPU_TORCH, "bf16"),
+    ],
+)
+def test_precision_is_settled_in_the_driver(name: str, device: str, network: bool, facts: TorchFacts, chosen: str) -> None:
+    assert choose_precision(name, device, network, facts) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "network", "facts", "message"),
+    [
+        ("fp16", "cpu", True, CPU_TORCH, "the CPU has no fast fp16; use --precision bf16 or fp32"),
+        ("bf16", "cuda", True, CUDA_TORCH, "device cuda does not compute in bf16; use --precision fp16 or auto"),
+        ("bf16", "mps", True, APPLE_TORCH, "precision bf16 is not tried on mps"),
+        ("bf16", "cpu", False, CPU_TORCH, "this one is none; use fp32 or auto"),
+        ("fp8", "cuda", True, NEW_CUDA, "precision 'fp8' is not known"),
+    ],
+)
+def test_precisions_that_are_not_to_be_had_are_refused(
+    name: str, device: str, network: bool, facts: TorchFacts, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_precision(name, device, network, facts)
 
 
 def test_device_count() -> None:

@@ -21,8 +21,8 @@ from torch import nn
 
 from pathology import testing
 from pathology.errors import ModelError
-from pathology.model import Model, ModelSpec, ReadRule
-from pathology.models import add_model, known_models, load_model, load_spec, nuclei
+from pathology.model import Model, ModelSpec, QueuedModel, ReadRule
+from pathology.models import add_model, is_network, known_models, load_model, load_spec, nuclei
 from pathology.models.checks import check_scores, warm_up
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import entries, registry_path
@@ -303,7 +303,7 @@ def test_one_class_is_a_sigmoid_and_no_resize_keeps_the_tile(folder: Path) -> No
 
 def test_network_with_another_class_count_is_refused_when_it_answers(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config(num_classes=2, class_names=["Other", "Tumor"])))
-    with pytest.raises(ModelError, match=r"answered \(4, 3\) for 4 tiles, but config.json names 2 classes"):
+    with pytest.raises(ModelError, match=r"answered \(4, 3\) for 4 tiles, but its card names 2 classes"):
         warm_up(load_model(str(trusted(folder))), 4)
 
 
@@ -531,6 +531,62 @@ def test_factory_is_given_the_device_if_it_takes_one() -> None:
     assert call("m", lambda: 5, {}, "cpu") == 5
     with pytest.raises(ModelError, match=r"missing a required argument: 'side'; it takes side"):
         call("m", factory, {}, "cpu")
+
+
+def test_precision_and_compiling_are_for_torch_networks(folder: Path) -> None:
+    def factory(side: int, precision: str, compile: bool) -> tuple[int, str, bool]:
+        return side, precision, compile
+
+    assert call("m", factory, {"side": 3}, "cpu", "bf16", True) == (3, "bf16", True)
+    trusted(folder)
+    for ref, network in (("nuclei-density", False), ("pathology.testing:identity", False), ("tumor-net", True)):
+        assert is_network(ref) == network
+        if network:
+            continue
+        with pytest.raises(ModelError, match="is no torch network that could compute in bf16; use --precision fp32 or auto"):
+            load_model(ref, precision="bf16")
+        with pytest.raises(ModelError, match="is no torch network that could be compiled; leave out --compile"):
+            load_model(ref, compile=True)
+    with pytest.raises(ModelError, match="the precision is no argument of a model; choose it with --precision"):
+        load_model("pathology.testing:identity?precision=bf16")
+    with pytest.raises(ModelError, match=r"tumor-net is TorchScript, which torch\.compile does not take"):
+        load_model("tumor-net", compile=True)
+
+
+def test_python_factory_of_a_network_is_given_device_and_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "own_network_of_a_user.py"
+    source.write_text(
+        "from torch import nn\n"
+        "from pathology.model import ModelSpec\n"
+        "from pathology.models.network import TorchNetwork\n"
+        "SPEC = ModelSpec(name='own', sha256='0', classes=('a', 'b'), mpp=0.5, tile_px=16, input_px=16, scores='value')\n"
+        "def make(device, precision, compile):\n"
+        "    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))\n"
+        "    return TorchNetwork(SPEC, network, device=device, precision=precision, compile=compile)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    ref = "own_network_of_a_user:make"
+    assert is_network(ref)
+    for precision in ("fp32", "bf16"):
+        model = load_model(ref, precision=precision)
+        assert not isinstance(model, QueuedModel)
+        warm_up(model, 2)
+    module = sys.modules["own_network_of_a_user"]
+    plain = model
+
+    class Queued(Answering):
+        def staging(self, batch_size: int) -> Tiles:
+            return np.zeros((batch_size, 16, 16, 3), np.uint8)
+
+        def submit(self, tiles: Tiles) -> str:
+            return f"{len(tiles)} on their way"
+
+    monkeypatch.setattr(module, "make", lambda: Queued(scores(0.5)))
+    queued = load_model(ref)
+    assert isinstance(queued, QueuedModel)
+    assert queued.submit(queued.staging(3)) == "3 on their way"  # type: ignore[comparison-overlap]  # a made-up answer
+    assert queued.spec.sha256 not in ("0", plain.spec.sha256)
+    monkeypatch.delitem(sys.modules, "own_network_of_a_user")
 
 
 def test_python_factory_makes_the_model_it_is_asked_for() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pathology.model import ModelSpec
-from pathology.predictor import Predictor, predict_in_order
+from pathology.errors import ModelError
+from pathology.model import ModelSpec, QueuedModel
+from pathology.predictor import IN_FLIGHT, Predictor, closed_at_end, predict_in_order
 from pathology.testing import mean_colour
 
 SIDE, BATCH = 8, 4
@@ -60,6 +63,14 @@ def predictor(watched: Watched) -> Iterator[Predictor]:
     made = Predictor(watched, BATCH)
     yield made
     made.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to bring about."""
+    end = time.monotonic() + JOIN_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 17])
@@ -235,8 +246,13 @@ def test_a_model_that_breaks_its_card_is_named() -> None:
         def __call__(self, tiles: Tile) -> NDArray[np.float32]:
             return super().__call__(tiles)[:, :2]
 
-    with pytest.raises(ValueError, match=r"mean-colour answered float32 \(4, 2, 1, 1\), its card says float32 \(4, 3, 1, 1\)"):
+    message = r"mean-colour answered shape \(4, 2, 1, 1\), its card says \(4, 3, 1, 1\)"
+    with pytest.raises(ModelError, match=message):
         list(predict_in_order(Wrong(), BATCH, noise(1, 12)))
+    predictor = Predictor(Wrong(), BATCH)
+    with pytest.raises(ModelError, match=message):
+        list(predictor.predict(noise(1, 12)))
+    predictor.close()
 
 
 def test_a_partial_batch_waits_for_a_region_that_still_feeds(watched: Watched, predictor: Predictor) -> None:
@@ -253,8 +269,191 @@ def test_a_partial_batch_waits_for_a_region_that_still_feeds(watched: Watched, p
         one = pool.submit(lambda: len(list(predictor.predict(slow()))))
         assert handed_in.wait(JOIN_S)
         other = pool.submit(lambda: len(list(predictor.predict(noise(2, 14)))))
-        with predictor._changed:  # until the other has handed in all it has
-            assert predictor._changed.wait_for(lambda: len(predictor._pending) == 3 and predictor._feeding == 1, JOIN_S)
+        batch = predictor._filling
+        assert batch is not None
+        until(lambda: len(batch.lanes) == 3 and predictor._feeding == 1)  # the other has handed in all it has
+        assert watched.batches == []
         more.set()
         assert (one.result(JOIN_S), other.result(JOIN_S)) == (2, 2)
     assert len(watched.batches) == 1
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((SIDE - 1, SIDE, 3), np.uint8), np.zeros((SIDE, SIDE, 3), np.float32), np.uint8(7)])
+def test_a_tile_that_does_not_fit_is_never_stretched(predictor: Predictor, watched: Watched, wrong: Tile) -> None:
+    for predict in (predictor.predict, lambda tiles: predict_in_order(watched, BATCH, tiles)):
+        with pytest.raises(ModelError, match=r"mean-colour takes uint8 tiles of 8 x 8 x 3, not"):
+            list(predict([wrong]))
+    assert len(list(predictor.predict(noise(5, 1)))) == 5
+
+
+class Hoarding(Watched):
+    """Keeps copies of the batches it is given, and where they lay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tile] = []
+        self.places: set[int] = set()
+
+    def __call__(self, tiles: Tile) -> NDArray[np.float32]:
+        self.seen.append(tiles.copy())
+        self.places.add(tiles.ctypes.data)
+        return super().__call__(tiles)
+
+
+def test_batches_are_used_again_and_what_they_held_before_is_gone() -> None:
+    model = Hoarding()
+    predictor = Predictor(model, BATCH)
+    for seed in range(5):
+        tiles = noise(2 * BATCH + 1, seed)
+        list(predictor.predict(tiles))
+        np.testing.assert_array_equal(np.concatenate(model.seen[-3:])[: len(tiles)], tiles)
+        assert (model.seen[-1][1:] == 0).all()
+    assert len(model.places) <= 2
+    predictor.close()
+
+
+def test_what_was_spent_is_counted(watched: Watched, predictor: Predictor) -> None:
+    assert predictor.spent() == type(predictor.spent())()
+    list(predictor.predict(noise(9, 1)))
+    spent = predictor.spent()
+    assert (spent.calls, spent.padded) == (3, 3)
+    assert min(spent.copy_s, spent.model_s, spent.waiting_s) > 0
+    time.sleep(0.05)  # nobody waits when there is no region
+    list(predictor.predict(noise(4, 1)))
+    again = predictor.spent()
+    assert again.calls == 4
+    assert again.waiting_s - spent.waiting_s < 0.05
+
+
+def test_a_region_whose_error_is_kept_holds_up_nobody(predictor: Predictor) -> None:
+    """An error's traceback keeps the frame that was going through the answers, and with it the generator."""
+
+    def region() -> None:
+        with closed_at_end(predictor.predict) as predict:
+            for _ in predict(noise(30, 8)):
+                raise ValueError("not a number")
+
+    with pytest.raises(ValueError, match="not a number") as kept:
+        region()
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(len(list(predictor.predict(noise(5, 9))))), daemon=True)
+    thread.start()
+    thread.join(JOIN_S)
+    assert done == [5]
+    assert kept.traceback
+
+
+def test_answers_keep_their_order_when_slots_are_filled_out_of_order(predictor: Predictor) -> None:
+    """A batch that is full but for one slow copy goes out before the next, though that is full as well."""
+
+    gate, begun = threading.Event(), threading.Event()
+    first, second = noise(1, 20), noise(2 * BATCH - 1, 21)
+    copying = predictor._filling
+    assert copying is not None
+    inner = copying.array
+
+    class Gated:
+        """The array of a batch, whose first slot takes its time."""
+
+        def __setitem__(self, at: int | slice, value: object) -> None:
+            if at == 0:
+                begun.set()
+                assert gate.wait(JOIN_S)
+            inner[at] = value
+
+    copying.array = Gated()  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(lambda: [a.tobytes() for a in predictor.predict(first)])
+        assert begun.wait(JOIN_S)
+        other = pool.submit(lambda: [a.tobytes() for a in predictor.predict(second)])
+        until(lambda: len(predictor._full) == 2)
+        assert predictor.calls == 0
+        copying.array = inner
+        gate.set()
+        for tiles, found in ((first, one), (second, other)):
+            assert found.result(JOIN_S) == [a.tobytes() for a in predict_in_order(mean_colour(SIDE), BATCH, tiles)]
+
+
+class Flying(Watched):
+    """A model that works by itself: answers come when `land` is called, or at once where `itself` is set."""
+
+    def __init__(self, itself: bool = True) -> None:
+        super().__init__()
+        self.itself = itself
+        self.flying: queue.SimpleQueue[Flight] = queue.SimpleQueue()
+        self.in_flight = self.most = 0
+        self.staged: list[Tile] = []
+
+    def staging(self, batch_size: int) -> Tile:
+        self.staged.append(np.zeros((batch_size, SIDE, SIDE, 3), np.uint8))
+        return self.staged[-1]
+
+    def __call__(self, tiles: Tile) -> NDArray[np.float32]:
+        if (tiles == 14).all(axis=(1, 2, 3)).any():
+            raise ValueError("a tile of 14")
+        return super().__call__(tiles)
+
+    def submit(self, tiles: Tile) -> Flight:
+        assert any(tiles is staged for staged in self.staged)
+        if (tiles == 14).all(axis=(1, 2, 3)).any():
+            raise ValueError("a tile of 14")
+        flight = Flight(self, tiles)
+        self.in_flight += 1
+        self.most = max(self.most, self.in_flight)
+        if self.itself:
+            flight.landed.set()
+        self.flying.put(flight)
+        return flight
+
+
+class Flight:
+    def __init__(self, model: Flying, tiles: Tile) -> None:
+        self.model, self.tiles, self.landed, self.before = model, tiles, threading.Event(), tiles.tobytes()
+
+    def result(self) -> NDArray[np.float32]:
+        assert self.landed.wait(JOIN_S)
+        assert self.tiles.tobytes() == self.before, "written over while it was on its way"
+        self.model.in_flight -= 1
+        return Watched.__call__(self.model, self.tiles)
+
+
+def test_a_model_that_works_by_itself_is_given_two_batches_and_a_third_fills_meanwhile() -> None:
+    model = Flying(itself=False)
+    assert isinstance(model, QueuedModel)
+    predictor = Predictor(model, BATCH)
+    lanes = [noise(3 * BATCH, seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(lambda own: [a.tobytes() for a in predictor.predict(own)], own) for own in lanes]
+        first, second = model.flying.get(timeout=JOIN_S), model.flying.get(timeout=JOIN_S)
+        until(lambda: predictor._filling is None)  # the third is full
+        assert (model.in_flight, model.flying.empty()) == (IN_FLIGHT, True)
+        for flight in (first, second):
+            flight.landed.set()
+        for _ in range(4):
+            model.flying.get(timeout=JOIN_S).landed.set()
+        for own, future in zip(lanes, futures, strict=True):
+            assert future.result(JOIN_S) == [a.tobytes() for a in predict_in_order(mean_colour(SIDE), BATCH, own)]
+    assert len(model.staged) == 3
+    predictor.close()
+
+
+@pytest.mark.parametrize("value", [13, 14], ids=["at the answer", "at the start"])
+def test_many_regions_through_a_model_that_works_by_itself(value: int) -> None:
+    model = Flying()
+    predictor = Predictor(model, BATCH)
+    lanes = [noise(count, seed) for seed, count in enumerate([0, 1, 5, 8, 21, 34, 7, 9])]
+    lanes[3][4] = np.full((SIDE, SIDE, 3), value, np.uint8)
+
+    def answers(own: list[Tile]) -> list[bytes]:
+        return [a.tobytes() for a in predictor.predict(own)]
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        futures = [pool.submit(collect, lambda own=own: answers(own)) for own in lanes]
+        results = [future.result(JOIN_S) for future in futures]
+    for place, (own, result) in enumerate(zip(lanes, results, strict=True)):
+        if place == 3:
+            assert isinstance(result, ValueError)
+        else:
+            assert result == [a.tobytes() for a in predict_in_order(mean_colour(SIDE), BATCH, own)]
+    assert model.most <= IN_FLIGHT
+    predictor.close()

@@ -9,26 +9,38 @@ from __future__ import annotations
 from pathlib import Path
 
 from pathology.errors import ModelError
+from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models import nuclei, python, wsinfer
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import Entry, entries, trust_file
 
-__all__ = ["add_model", "known_models", "load_model", "load_spec"]
+__all__ = ["add_model", "is_network", "known_models", "load_model", "load_spec"]
 
 
-def load_model(ref: str, device: str = "cpu") -> Model:
-    """The model that `ref` names, ready on `device` ("cpu", "cuda", "cuda:N", "mps"). ModelError where it cannot be."""
+def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", compile: bool = False) -> Model:
+    """The model that `ref` names, ready on `device` ("cpu", "cuda", "cuda:N", "mps"). ModelError where it cannot be.
+
+    `precision` and `compile` are for models that are torch networks; others refuse all but fp32, and compiling.
+    """
     if device.startswith("cuda"):
         from pathology.device import set_exact
 
         set_exact()
     if folder := _folder(ref):
-        return wsinfer.load(folder, device)
+        return wsinfer.load(folder, device, precision, compile)
     name, arguments = parse_ref(ref)
     if name == nuclei.NAME:
-        return call(name, nuclei.NucleiDensity, arguments, device)
-    return python.load(name, arguments, device)
+        return call(name, nuclei.NucleiDensity, arguments, device, precision, compile)
+    return python.load(name, arguments, device, precision, compile)
+
+
+def is_network(ref: str) -> bool:
+    """Whether `ref` names a torch network, which can be asked for a precision. ModelError where it is nothing known."""
+    if _folder(ref):
+        return True
+    name = parse_ref(ref)[0]
+    return name != nuclei.NAME and python.takes_precision(name)
 
 
 def load_spec(ref: str) -> ModelSpec:

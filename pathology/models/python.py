@@ -3,7 +3,8 @@
 Promise: the model's sha256 changes with the source of the factory's module, with the arguments, and with the sha256 that
 the factory itself states (of its weights, say). Modules that the factory imports are not looked into.
 
-A factory that has a parameter `device` is given the chosen device. It is called for `load_spec` too, with "cpu".
+A factory with parameters `device`, `precision`, `compile` is given what was chosen; `TorchNetwork` takes all three. It is
+called for `load_spec` too, with "cpu", "fp32" and False.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.errors import ModelError, PathologyError
-from pathology.model import Model, ModelSpec
+from pathology.job import Precision
+from pathology.model import Answer, Model, ModelSpec, QueuedModel
 from pathology.models.refs import Argument, call
 
 
@@ -36,16 +38,40 @@ class PythonModel:
         return self.inner(tiles)
 
 
+@dataclass(frozen=True, slots=True)
+class QueuedPythonModel:
+    """The same of a model that works by itself."""
+
+    spec: ModelSpec
+    inner: QueuedModel
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.inner(tiles)
+
+    def staging(self, batch_size: int) -> NDArray[np.uint8]:
+        return self.inner.staging(batch_size)
+
+    def submit(self, tiles: NDArray[np.uint8]) -> Answer:
+        return self.inner.submit(tiles)
+
+
 def is_factory(name: str) -> bool:
     """Whether `name` has the form `package.module:factory`."""
     return re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name) is not None
 
 
-def load(name: str, arguments: Mapping[str, Argument], device: str) -> PythonModel:
+def takes_precision(name: str) -> bool:
+    """Whether the factory `name` can be asked for a precision. ModelError where it cannot be imported."""
+    return "precision" in inspect.signature(_import(name)).parameters
+
+
+def load(
+    name: str, arguments: Mapping[str, Argument], device: str, precision: Precision = "fp32", compile: bool = False
+) -> PythonModel | QueuedPythonModel:
     """The model that the factory `name` makes. ModelError where it cannot be imported or called, or makes no Model."""
     factory = _import(name)
     try:
-        model = call(name, factory, arguments, device)
+        model = call(name, factory, arguments, device, precision, compile)
     except PathologyError:
         raise
     except Exception as error:  # foreign code: whatever it raises, the model is at fault
@@ -57,7 +83,8 @@ def load(name: str, arguments: Mapping[str, Argument], device: str) -> PythonMod
             f"model {name}: its factory made a {type(model).__name__}, which is no pathology.model.Model; "
             "return an object with `spec` (a ModelSpec) and a call from uint8 tiles to float32 scores"
         )
-    return PythonModel(replace(model.spec, sha256=_sha256(name, factory, arguments, model.spec.sha256)), model)
+    spec = replace(model.spec, sha256=_sha256(name, factory, arguments, model.spec.sha256))
+    return QueuedPythonModel(spec, model) if isinstance(model, QueuedModel) else PythonModel(spec, model)
 
 
 def _import(name: str) -> Callable[..., object]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from urllib.parse import parse_qsl
 
 from pathology.errors import ModelError
+from pathology.job import Precision
 
 Argument = int | float | str
 T = TypeVar("T")
@@ -31,14 +32,29 @@ def parse_ref(ref: str) -> tuple[str, dict[str, Argument]]:
     return name, arguments
 
 
-def call(name: str, function: Callable[..., T], arguments: Mapping[str, Argument], device: str) -> T:
-    """`function` called with `arguments`, and with `device` if it takes one. ModelError where they do not fit."""
+def call(
+    name: str,
+    function: Callable[..., T],
+    arguments: Mapping[str, Argument],
+    device: str,
+    precision: Precision = "fp32",
+    compile: bool = False,
+) -> T:
+    """`function` called with `arguments`, and with `device`, `precision` and `compile` where it has such parameters.
+
+    ModelError where they do not fit, and where it is asked for a precision or compiling without a parameter for it.
+    """
     signature = inspect.signature(function)
-    known = [p for p in signature.parameters if p != "device"]
+    choices: dict[str, object] = {"device": device, "precision": precision, "compile": compile}
+    known = [p for p in signature.parameters if p not in choices]
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
-    if "device" in arguments:
-        raise ModelError(f"model {name}: the device is no argument of a model; choose it with --device")
-    given = {**arguments, "device": device} if "device" in signature.parameters else dict(arguments)
+    for choice in choices.keys() & arguments.keys():
+        raise ModelError(f"model {name}: the {choice} is no argument of a model; choose it with --{choice}")
+    if precision != "fp32" and "precision" not in signature.parameters:
+        raise ModelError(f"model {name} is no torch network that could compute in {precision}; use --precision fp32 or auto")
+    if compile and "compile" not in signature.parameters:
+        raise ModelError(f"model {name} is no torch network that could be compiled; leave out --compile")
+    given = {**arguments, **{k: v for k, v in choices.items() if k in signature.parameters}}
     try:
         bound = signature.bind(**given)
     except TypeError as error:

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pathology.errors import ModelError
-from pathology.model import ModelSpec, ReadRule
+from pathology.job import Precision
+from pathology.model import Model, ModelSpec, ReadRule
+from pathology.models.network import Colour, TorchNetwork, on_its_device
 from pathology.models.trust import require_trust
 
 CONFIG, WEIGHTS = "config.json", "torchscript_model.pt"
-Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,52 +40,32 @@ class Card:
     std: Colour
 
 
-class WSInferModel:
-    """A loaded WSInfer model on one device, float32."""
-
-    def __init__(self, spec: ModelSpec, card: Card, weights: bytes, device: str) -> None:
-        import torch
-
-        self.spec = spec
-        self._device = torch.device(device)
-        try:
-            with warnings.catch_warnings():
-                # The zoo ships TorchScript and nothing else: that torch would rather see another format helps no one here.
-                warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
-                network = torch.jit.load(io.BytesIO(weights), map_location=self._device)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise ModelError(
-                f"model {spec.name}: torch cannot load {WEIGHTS} ({str(error).strip().splitlines()[0]}); fetch the file again"
-            ) from error
-        self._network = network.eval()
-        self._shift = 255 * torch.tensor(card.mean, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
-        self._scale = 255 * torch.tensor(card.std, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
-
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, 1, 1) float32 probabilities."""
-        import torch
-
-        # Without the optimizer: it rewrites the network after its first calls, and the same tile would get other last bits.
-        with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            # Seen as (B, 3, H, W) the NHWC batch is channels_last as it is; making it contiguous would only cost a copy.
-            batch = torch.from_numpy(tiles).to(self._device).permute(0, 3, 1, 2)
-            logits = self._network(batch.to(torch.float32).sub_(self._shift).div_(self._scale))
-            if not isinstance(logits, torch.Tensor) or logits.shape != (len(tiles), len(self.spec.classes)):
-                got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-                raise ModelError(
-                    f"model {self.spec.name} answered {got} for {len(tiles)} tiles, but {CONFIG} names "
-                    f"{len(self.spec.classes)} classes; correct num_classes and class_names"
-                )
-            logits = logits.to(torch.float32)
-            scores = logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
-            answer: NDArray[np.float32] = scores.cpu().numpy()[:, :, None, None]
-            return answer
-
-
-def load(folder: Path, device: str) -> WSInferModel:
+def load(folder: Path, device: str, precision: Precision = "fp32", compile: bool = False) -> Model:
     """The model in `folder`, ready on `device`. ModelError where it is not trusted, not valid or not loadable."""
+    import torch
+
     card, weights = read_card(folder), _read(folder / WEIGHTS)
-    return WSInferModel(_trusted_spec(folder, card, hashlib.sha256(weights).hexdigest()), card, weights, device)
+    spec = _trusted_spec(folder, card, hashlib.sha256(weights).hexdigest())
+    try:
+        with warnings.catch_warnings():
+            # The zoo ships TorchScript and nothing else: that torch would rather see another format helps no one here.
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+            network = torch.jit.load(io.BytesIO(weights), map_location=device)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ModelError(
+            f"model {spec.name}: torch cannot load {WEIGHTS} ({str(error).strip().splitlines()[0]}); fetch the file again"
+        ) from error
+    loaded = TorchNetwork(
+        spec,
+        network,
+        mean=card.mean,
+        std=card.std,
+        activation="softmax" if len(card.classes) > 1 else "sigmoid",
+        device=device,
+        precision=precision,
+        compile=compile,
+    )
+    return on_its_device(loaded)
 
 
 def load_spec(folder: Path) -> ModelSpec:

@@ -1,0 +1,279 @@
+"""Any torch network as a model: uint8 tiles in, float32 scores out, on one device and in one precision.
+
+Promise: in fp32 the bits are those of `(tile - 255 * mean) / (255 * std)` in float32 given to the network as NCHW, then its
+activation in float32. Every model that is a torch network runs through here, whatever format it was stored in.
+
+The tiles stay NHWC in memory. Seen as NCHW that is torch's channels_last, which convolutions like best; making it
+contiguous would only cost a copy.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.device import CudaQueues, Mark, Queues, check_precision
+from pathology.errors import EnvironmentFault, ModelError
+from pathology.job import Precision
+from pathology.model import Model, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Activation = Literal["softmax", "sigmoid", "none"]
+Colour = tuple[float, float, float]
+
+# Their weights go to the tensor units in half precision; autocast would convert them again at every call.
+HALVED = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear")
+
+# Pixels normalised at a time: 8 tiles of 224 px.
+NORMALISED_PX = 8 * 224**2
+
+# Batches whose upload, computation and download overlap.
+SLOTS = 2
+
+
+class TorchNetwork:
+    """A torch module on one device, called synchronously.
+
+    network      a Module or ScriptModule that takes (B, 3, input_px, input_px) float32 and answers logits or values,
+                 (B, C) or (B, C, output_px, output_px)
+    mean, std    of each channel of 0..1 colours
+    activation   over the classes, in float32 whatever the precision
+    precision    bf16 and fp16 compute convolutions and products in that type, norms and sums in float32 (autocast)
+    compile      torch.compile the network at its first call
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        network: torch.nn.Module,
+        *,
+        mean: Colour = (0.0, 0.0, 0.0),
+        std: Colour = (1.0, 1.0, 1.0),
+        activation: Activation = "none",
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        compile: bool = False,
+    ) -> None:
+        import torch
+
+        check_precision(precision, device)
+        self.spec = spec
+        self.device = torch.device(device)
+        self._activation = activation
+        self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._network: Any = network.eval().to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._scripted = isinstance(network, torch.jit.ScriptModule)
+        if self._dtype is not None:
+            halve(self._network, self._dtype)
+        self._compiling = compile
+        if compile:
+            if self._scripted:
+                raise ModelError(f"model {spec.name} is TorchScript, which torch.compile does not take; leave out --compile")
+            self._network = torch.compile(self._network, dynamic=False)
+        self._shift = 255 * torch.tensor(mean, dtype=torch.float32)
+        self._scale = 255 * torch.tensor(std, dtype=torch.float32)
+        if self.device.type == "cpu":
+            # As long as a row of pixels, so that three numbers are not spread over each pixel apart.
+            self._shift, self._scale = self._shift.repeat(spec.input_px), self._scale.repeat(spec.input_px)
+        else:
+            self._shift, self._scale = (v.to(self.device).view(1, 3, 1, 1) for v in (self._shift, self._scale))
+        self._normal = torch.empty(0)
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores."""
+        import torch
+
+        with torch.inference_mode():
+            batch = torch.from_numpy(tiles)
+            if self.device.type != "cpu":
+                return _array(self.scores(batch.to(self.device)).cpu())
+            answer = self._forward(self._normalised(batch))
+            if answer.untyped_storage().data_ptr() == self._normal.untyped_storage().data_ptr():
+                answer = answer.clone()  # a network may answer its very input, and that is written over by the next batch
+            return _array(answer)
+
+    def scores(self, tiles: torch.Tensor) -> torch.Tensor:
+        """(B, S, S, 3) uint8 on the device -> (B, C, h, w) float32 there; for any device but the CPU."""
+        import torch
+
+        with torch.inference_mode():
+            return self._forward(tiles.permute(0, 3, 1, 2).to(torch.float32).sub_(self._shift).div_(self._scale))
+
+    def _normalised(self, tiles: torch.Tensor) -> torch.Tensor:
+        """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, in a buffer that the next call writes over.
+
+        A few tiles at a time, so that the three passes over them find them in the cache (0.17 ms a 224-px tile on one core,
+        0.65 ms batch by batch with new memory, 0.31 ms for the fastest gather from a table of 256 x 3 values), and no fewer:
+        every operation asks for Python's lock again, and beside busy readers one tile at a time halved the model's rate.
+        """
+        import torch
+
+        if self._normal.shape != tiles.shape:
+            self._normal = torch.empty(tiles.shape, dtype=torch.float32)
+        count, side = tiles.shape[:2]
+        flat, normal = tiles.view(count, side, -1), self._normal.view(count, side, -1)
+        step = max(1, NORMALISED_PX // side**2)
+        for first in range(0, count, step):
+            normal[first : first + step].copy_(flat[first : first + step]).sub_(self._shift).div_(self._scale)
+        return self._normal.permute(0, 3, 1, 2)
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) float32 -> (B, C, h, w) float32 after the activation. ModelError where the network breaks its card."""
+        import torch
+
+        try:
+            with self._autocast(), self._as_it_is():
+                logits = self._network(batch)
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentFault(
+                f"model {self.spec.name}: {self.device} has no memory for a batch of {len(batch)} tiles; "
+                "use a smaller --batch-size"
+            ) from error
+        except Exception as error:
+            if not self._compiling:
+                raise
+            raise ModelError(
+                f"model {self.spec.name} cannot be compiled: {type(error).__name__}: {_line(error)}; leave out --compile"
+            ) from error
+        self._compiling = False
+        count, classes, side = len(batch), len(self.spec.classes), self.spec.output_px
+        shapes = [(count, classes, side, side)] + [(count, classes)] * (side == 1)
+        if not isinstance(logits, torch.Tensor) or logits.shape not in shapes:
+            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+            maps = f" of {side} x {side} px" if side > 1 else ""
+            raise ModelError(
+                f"model {self.spec.name} answered {got} for {count} tiles, but its card names {classes} classes{maps}; "
+                "correct the card"
+            )
+        scores = logits.to(torch.float32)
+        if self._activation == "softmax":
+            scores = scores.softmax(dim=1)
+        elif self._activation == "sigmoid":
+            scores = scores.sigmoid()
+        return scores.view(count, classes, side, side)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        import torch
+
+        return nullcontext() if self._dtype is None else torch.autocast(self.device.type, dtype=self._dtype)
+
+    def _as_it_is(self) -> AbstractContextManager[Any]:
+        """TorchScript's optimizer rewrites a network after its first calls: the same tile would get other last bits."""
+        import torch
+
+        return torch.jit.optimized_execution(False) if self._scripted else nullcontext()  # type: ignore[attr-defined]
+
+
+class QueuedNetwork:
+    """A network on a device with queues of its own: a batch uploads while another is computed and a third downloads.
+
+    Device memory of a slot is written again only after the computation that read it; the queues wait for each other, the host
+    waits for nothing but a result.
+    """
+
+    def __init__(self, network: TorchNetwork, queues: Queues) -> None:
+        self.spec = network.spec
+        self._network = network
+        self._queues = queues
+        self._slots: list[_Slot] = []
+        self._count = 0
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores, waited for."""
+        return self.submit(tiles).result()
+
+    def staging(self, batch_size: int) -> NDArray[np.uint8]:
+        """(batch_size, input_px, input_px, 3) uint8 zeros that the device can fetch by itself."""
+        side = self.spec.input_px
+        array: NDArray[np.uint8] = self._queues.pinned((batch_size, side, side, 3), "uint8").zero_().numpy()
+        return array
+
+    def submit(self, tiles: NDArray[np.uint8]) -> Download:
+        """Enqueue a batch. `tiles` must stay as they are until the result has been taken; from one thread at a time."""
+        import torch
+
+        upload, compute, download = self._queues.upload, self._queues.compute, self._queues.download
+        slot = self._slot(tiles.shape)
+        source = torch.from_numpy(tiles)
+        side = self.spec.output_px
+        answer = self._queues.pinned((len(tiles), len(self.spec.classes), side, side), "float32")
+
+        def forward() -> None:
+            slot.scores = self._network.scores(slot.tiles).contiguous()
+
+        if slot.computed is not None:
+            upload.after(slot.computed)
+        upload.run(lambda: slot.tiles.copy_(source, non_blocking=True))
+        compute.after(upload.mark())
+        if slot.downloaded is not None:
+            compute.after(slot.downloaded)  # the scores before these, whose memory is let go of
+        compute.run(forward)
+        slot.computed = compute.mark()
+        download.after(slot.computed)
+        download.run(lambda: answer.copy_(slot.scores, non_blocking=True))
+        slot.downloaded = download.mark()
+        return Download(answer, slot.downloaded)
+
+    def _slot(self, shape: tuple[int, ...]) -> _Slot:
+        """The slot whose turn it is; all anew for another shape, once the old ones are done with."""
+        if not self._slots or self._slots[0].tiles.shape != shape:
+            for slot in self._slots:
+                if slot.downloaded is not None:
+                    slot.downloaded.synchronize()
+            self._slots = [_Slot(self._queues.memory(shape, "uint8")) for _ in range(SLOTS)]
+        self._count += 1
+        return self._slots[self._count % SLOTS]
+
+
+class _Slot:
+    """Device memory of one batch on its way, and the marks after which it may be used again."""
+
+    def __init__(self, tiles: torch.Tensor) -> None:
+        self.tiles = tiles
+        self.scores: Any = None
+        self.computed: Mark | None = None
+        self.downloaded: Mark | None = None
+
+
+class Download:
+    """Scores on their way to the host."""
+
+    def __init__(self, answer: torch.Tensor, done: Mark) -> None:
+        self._answer = answer
+        self._done = done
+
+    def result(self) -> NDArray[np.float32]:
+        """(B, C, output_px, output_px) float32, once they are there."""
+        self._done.synchronize()
+        return _array(self._answer)
+
+
+def on_its_device(network: TorchNetwork) -> Model:
+    """`network` as it runs best on its device: with queues on CUDA, as it is elsewhere."""
+    return QueuedNetwork(network, CudaQueues(network.device)) if network.device.type == "cuda" else network
+
+
+def halve(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert once the weights that autocast to `dtype` would convert at every call; the same bits come out."""
+    for module in network.modules():
+        # Exact types only: a subclass may do arithmetic of its own on its weights, which autocast would do in float32.
+        kind = getattr(module, "original_name", None) or (
+            type(module).__name__ if type(module).__module__.startswith("torch.nn.") else ""
+        )
+        if kind in HALVED:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def _array(scores: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = scores.numpy()
+    return array
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -1,0 +1,345 @@
+"""Any torch network as a model: the same bits as by hand, precisions, compiling, overlapping batches on a made-up device."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pathology.errors import EnvironmentFault, ModelError, UsageError
+from pathology.model import Model, ModelSpec, QueuedModel
+from pathology.models import network as network_module
+from pathology.models.network import QueuedNetwork, TorchNetwork, halve
+
+SIDE, CLASSES = 24, 3
+MEAN, STD = (0.7238, 0.5716, 0.6779), (0.112, 0.1459, 0.1089)
+
+Tiles = NDArray[np.uint8]
+
+
+class Net(nn.Module):
+    """Convolution, norm, linear head."""
+
+    def __init__(self, dense: bool = False) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, CLASSES if dense else 16, 3, padding=1)
+        self.head = nn.Identity() if dense else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.relu(self.norm(self.first(x)))))  # type: ignore[no-any-return]
+
+
+class Pair(nn.Module):
+    """Answers two things."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def spec(output_px: int = 1, classes: int = CLASSES) -> ModelSpec:
+    names = tuple(f"c{i}" for i in range(classes))
+    return ModelSpec(name="net", sha256="0", classes=names, mpp=0.5, tile_px=SIDE, input_px=SIDE, output_px=output_px)
+
+
+def noise(count: int, seed: int = 0) -> Tiles:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
+def by_hand(network: nn.Module, tiles: Tiles) -> torch.Tensor:
+    shift, scale = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    with torch.inference_mode():
+        answer: torch.Tensor = network((torch.from_numpy(tiles).permute(0, 3, 1, 2).float() - shift) / scale)
+    return answer
+
+
+def scripted(network: nn.Module) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        made: torch.jit.ScriptModule = torch.jit.script(network)
+        return made
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("kind", ["module", "script"])
+def test_scores_are_those_by_hand_bit_for_bit(net: Net, kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_module, "NORMALISED_PX", at_once * SIDE**2)
+    network = scripted(net) if kind == "script" else copy.deepcopy(net)
+    model = TorchNetwork(spec(), network, mean=MEAN, std=STD, activation="softmax")
+    assert isinstance(model, Model)
+    assert not isinstance(model, QueuedModel)
+    for seed in (1, 2, 1):
+        expected = by_hand(net, noise(4, seed)).softmax(1).numpy()[:, :, None, None]
+        np.testing.assert_array_equal(model(noise(4, seed)), expected)
+    assert model(noise(2)).shape == (2, CLASSES, 1, 1)  # another batch size
+
+
+def test_every_grey_level_of_every_channel_is_normalised_as_stated() -> None:
+    ramp = np.zeros((1, 16, 16, 3), np.uint8)
+    ramp[...] = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    card = ModelSpec(
+        name="same", sha256="0", classes=("r", "g", "b"), mpp=0.5, tile_px=16, input_px=16, output_px=16, scores="value"
+    )
+    model = TorchNetwork(card, nn.Identity(), mean=MEAN, std=STD)
+    mean, std = np.float32(255) * np.float32(MEAN), np.float32(255) * np.float32(STD)
+    expected = ((ramp.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2)
+    answer = model(ramp)
+    np.testing.assert_array_equal(answer, expected)
+    model(255 - ramp)
+    np.testing.assert_array_equal(answer, expected)  # a network that answers its input does not lose it to the next batch
+
+
+def test_the_network_is_given_channels_last_without_a_copy_each_time(net: Net) -> None:
+    seen: list[torch.Tensor] = []
+    model = TorchNetwork(spec(), net)
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for seed in range(3):
+        model(noise(2, seed))
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert len({x.data_ptr() for x in seen}) == 1
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.ndim == 4)
+    assert not seen[0].requires_grad
+    assert not net.training
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_a_dense_network_answers_maps(activation: Literal["softmax", "sigmoid", "none"]) -> None:
+    torch.manual_seed(1)
+    network = Net(dense=True).eval()
+    model = TorchNetwork(spec(SIDE), copy.deepcopy(network), mean=MEAN, std=STD, activation=activation)
+    logits = by_hand(network, noise(2))
+    expected = {"softmax": logits.softmax(1), "sigmoid": logits.sigmoid(), "none": logits}[activation]
+    np.testing.assert_array_equal(model(noise(2)), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("network", "card", "message"),
+    [
+        (Net(), spec(classes=2), r"net answered \(4, 3\) for 4 tiles, but its card names 2 classes; correct the card"),
+        (Net(), spec(SIDE), r"answered \(4, 3\) for 4 tiles, but its card names 3 classes of 24 x 24 px"),
+        (Net(dense=True), spec(), r"answered \(4, 3, 24, 24\)"),
+        (Pair(), spec(), "answered a tuple for 4 tiles"),
+    ],
+)
+def test_networks_that_break_their_card_are_refused(network: nn.Module, card: ModelSpec, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        TorchNetwork(card, network)(noise(4))
+
+
+def test_a_full_device_is_no_fault_of_the_slide() -> None:
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(EnvironmentFault, match="no memory for a batch of 4 tiles; use a smaller --batch-size"):
+        TorchNetwork(spec(), Full())(noise(4))
+
+
+# Precision
+
+
+@pytest.mark.parametrize("kind", ["module", "script"])
+def test_bf16_is_autocast_and_its_activation_is_float32(net: Net, kind: str) -> None:
+    network = scripted(copy.deepcopy(net)) if kind == "script" else copy.deepcopy(net)
+    model = TorchNetwork(spec(), network, mean=MEAN, std=STD, activation="softmax", precision="bf16")
+    tiles = noise(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = by_hand(net, tiles)
+    assert logits.dtype == torch.bfloat16
+    scores = model(tiles)
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores[..., 0, 0], logits.float().softmax(1).numpy())
+    reference = TorchNetwork(spec(), net, mean=MEAN, std=STD, activation="softmax")(tiles)
+    assert 0 < np.abs(scores - reference).max() < 0.01
+    np.testing.assert_allclose(scores.sum(1), 1, atol=1e-6)
+
+
+def test_only_weights_that_autocast_would_convert_are_halved(net: Net) -> None:
+    class Own(nn.Conv2d):
+        """Its weights may be reckoned with before they are used."""
+
+    network = nn.Sequential(copy.deepcopy(net), Own(3, 3, 1))
+    halve(network, torch.bfloat16)
+    kinds = {name: p.dtype for name, p in network.named_parameters()}
+    assert {n for n, dtype in kinds.items() if dtype == torch.float32} == {"0.norm.weight", "0.norm.bias", "1.weight", "1.bias"}
+
+
+def test_fp16_on_the_cpu_is_refused(net: Net) -> None:
+    with pytest.raises(UsageError, match="use --precision bf16 or fp32"):
+        TorchNetwork(spec(), net, precision="fp16")
+
+
+# Compiling
+
+
+def test_torchscript_cannot_be_compiled(net: Net) -> None:
+    with pytest.raises(ModelError, match=r"net is TorchScript, which torch\.compile does not take; leave out --compile"):
+        TorchNetwork(spec(), scripted(net), compile=True)
+
+
+def test_a_failed_compilation_is_one_line_and_no_fallback(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(network: nn.Module, **_: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def call(batch: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("\n  no C++ compiler here\n  a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = TorchNetwork(spec(), net, compile=True)
+    for _ in range(2):
+        with pytest.raises(ModelError) as caught:
+            model(noise(1))
+        assert str(caught.value) == ("model net cannot be compiled: RuntimeError: no C++ compiler here; leave out --compile")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its own parts
+def test_a_compiled_network_gives_its_scores(net: Net) -> None:
+    model = TorchNetwork(spec(), copy.deepcopy(net), mean=MEAN, std=STD, activation="softmax", compile=True)
+    first = model(noise(4))
+    np.testing.assert_allclose(first[..., 0, 0], by_hand(net, noise(4)).softmax(1), atol=1e-5)
+    np.testing.assert_array_equal(model(noise(4)), first)
+
+
+# Overlapping batches
+
+
+class FakeMark:
+    def __init__(self, queue: FakeQueue, place: int) -> None:
+        self.queue, self.place = queue, place
+
+    def synchronize(self) -> None:
+        self.queue.reach(self.place)
+
+
+class FakeQueue:
+    """Does nothing before it is waited for, and then no more than that needs; an eager one does all at once."""
+
+    def __init__(self, name: str, log: list[str], eager: bool) -> None:
+        self.name, self.log, self.eager = name, log, eager
+        self.work: list[Callable[[], object] | FakeMark] = []
+        self.done = 0
+
+    def run(self, work: Callable[[], object]) -> None:
+        self.work.append(work)
+        if self.eager:
+            self.reach(len(self.work))
+
+    def after(self, mark: FakeMark) -> None:  # type: ignore[override]  # its own marks only
+        self.work.append(mark)
+
+    def mark(self) -> FakeMark:
+        return FakeMark(self, len(self.work))
+
+    def reach(self, place: int) -> None:
+        while self.done < place:
+            work = self.work[self.done]
+            self.done += 1
+            if isinstance(work, FakeMark):
+                work.synchronize()
+            else:
+                work()
+                self.log.append(self.name)
+
+
+class FakeQueues:
+    """A device that is the CPU: the order in which its queues work is the most unkind that the marks allow."""
+
+    def __init__(self, eager: tuple[str, ...] = ()) -> None:
+        self.log: list[str] = []
+        self.pins: list[tuple[int, ...]] = []
+        self.memories: list[tuple[int, ...]] = []
+        self.upload, self.compute, self.download = (
+            FakeQueue(name, self.log, name in eager) for name in ("upload", "compute", "download")
+        )
+
+    def memory(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        self.memories.append(shape)
+        return torch.full(shape, 77, dtype=getattr(torch, dtype))
+
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        self.pins.append(shape)
+        return torch.full(shape, 99, dtype=getattr(torch, dtype))
+
+
+class OnFakeDevice(TorchNetwork):
+    """A network whose tensors on the device are the CPU's."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(spec(), network, mean=MEAN, std=STD, activation="softmax")
+        self._shift, self._scale = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+
+
+EAGER = [(), ("upload",), ("upload", "compute"), ("compute",), ("download",), ("upload", "compute", "download")]
+
+
+@pytest.mark.parametrize("eager", EAGER, ids=lambda e: "+".join(e) or "lazy")
+def test_overlapping_batches_give_the_plain_scores(net: Net, eager: tuple[str, ...]) -> None:
+    plain = TorchNetwork(spec(), copy.deepcopy(net), mean=MEAN, std=STD, activation="softmax")
+    queues = FakeQueues(eager)
+    model = QueuedNetwork(OnFakeDevice(net), queues)
+    assert isinstance(model, QueuedModel)
+    staging = [model.staging(4) for _ in range(3)]
+    assert all((array == 0).all() for array in staging)
+    expected, answers, taken = [], [], []
+    for number in range(9):
+        array = staging[number % 3]
+        array[...] = noise(4, number)
+        expected.append(plain(array))
+        answers.append(model.submit(array))
+        if len(answers) == 3:
+            taken.append(answers.pop(0).result())
+    taken += [answer.result() for answer in answers]
+    for found, wanted in zip(taken, expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert [queues.log.count(name) for name in ("upload", "compute", "download")] == [9, 9, 9]
+    assert queues.memories == [(4, SIDE, SIDE, 3)] * 2  # two batches of device memory, however many pass through
+
+
+def test_nothing_waits_on_the_host_but_a_result(net: Net) -> None:
+    queues = FakeQueues()
+    model = QueuedNetwork(OnFakeDevice(net), queues)
+    arrays = [model.staging(2) for _ in range(4)]
+    answers = [model.submit(array) for array in arrays]
+    assert queues.log == []
+    answers[0].result()
+    assert queues.log == ["upload", "compute", "download"]
+    answers[3].result()
+    assert queues.log.count("compute") == 4
+
+
+def test_memory_of_a_slot_is_written_only_after_what_read_it(net: Net) -> None:
+    """Results that nobody takes guard their slots all the same: the third upload waits for the first computation."""
+    queues = FakeQueues(eager=("upload",))
+    model = QueuedNetwork(OnFakeDevice(net), queues)
+    for _ in range(2):
+        model.submit(noise(2))
+    assert queues.log == ["upload", "upload"]
+    model.submit(noise(2))
+    assert queues.log == ["upload", "upload", "compute", "upload"]
+
+
+def test_another_batch_size_waits_for_the_old_slots(net: Net) -> None:
+    queues = FakeQueues()
+    model = QueuedNetwork(OnFakeDevice(net), queues)
+    first = model.submit(noise(4))
+    np.testing.assert_array_equal(
+        model(noise(2)), TorchNetwork(spec(), net, mean=MEAN, std=STD, activation="softmax")(noise(2))
+    )
+    assert queues.log[:3] == ["upload", "compute", "download"]
+    assert first.result().shape == (4, CLASSES, 1, 1)
