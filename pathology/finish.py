@@ -6,6 +6,7 @@ interrupted: it holds hashes and what decided the values, never a time, host, pa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -110,30 +111,19 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _write_store(path: Path, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> HeatmapSummary:
     provenance = {"key": work.key, "fields": work.fields}
     meta = HeatmapMeta(plan.frame, spec, plan.grid.tile_px, plan.grid.stride_px, slide.info.fingerprint, provenance)
-    return write_heatmap(path, meta, _Gather(work, plan, len(spec.classes)).read)
+    return write_heatmap(path, meta, functools.partial(_gather, work, plan, len(spec.classes)))
 
 
-class _Gather:
-    """Any box of the heatmap from the staged regions. Keeps the regions of the last box: shards come in row-major order."""
-
-    def __init__(self, work: Work, plan: Plan, classes: int) -> None:
-        self._work = work
-        self._plan = plan
-        self._classes = classes
-        self._kept: dict[int, NDArray[np.float32]] = {}
-
-    def read(self, box: Box) -> NDArray[np.float32]:
-        scores = np.full((self._classes, *box.shape), np.nan, np.float32)
-        kept: dict[int, NDArray[np.float32]] = {}
-        for region in self._plan.regions:
-            common = box.intersect(region.box)
-            if common.empty:
-                continue
-            array = self._kept[region.index] if region.index in self._kept else self._work.load(region.index)
-            kept[region.index] = array
-            scores[:, *common.slices(box)] = array[:, *common.slices(region.box)]
-        self._kept = kept
-        return scores
+def _gather(work: Work, plan: Plan, classes: int, box: Box) -> NDArray[np.float32]:
+    """(C, h, w) float32 scores of any box of the heatmap, from the blocks of staged regions that lie in it."""
+    scores = np.full((classes, *box.shape), np.nan, np.float32)
+    for region in plan.regions:
+        if box.intersect(region.box).empty:
+            continue
+        for block, staged in work.load(region, box):
+            common = box.intersect(block)
+            scores[:, *common.slices(box)] = staged[:, *common.slices(block)]
+    return scores
 
 
 def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:

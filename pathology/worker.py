@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
-from pathology.infer import infer_region
+from pathology.infer import Tile, infer_region
 from pathology.job import Job, key_difference, key_of
 from pathology.model import Model, ModelSpec
 from pathology.models import load_model, load_spec
@@ -119,9 +120,14 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     emit(Path(job.out), "region-start", what)
     began = time.perf_counter()
     pool = None if in_order else _pool(job.readers)
-    scores = infer_region(slide, spec, plan, region, _predict(job, in_order), pool, job.readers)
-    counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
-    work.put(region, scores, counts, _environment(job.device, job.threads))
+    bad_tiles: list[Tile] = []
+    on_bad = bad_tiles.append
+    # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
+    with closing(infer_region(slide, spec, plan, region, _predict(job, in_order), on_bad, pool, job.readers)) as rows:
+        hashes = work.stage(region, rows)
+    seconds = round(time.perf_counter() - began, 6)
+    counts = {"tiles": len(region.tiles), "bad_tiles": len(bad_tiles), "seconds": seconds}
+    work.mark(region, hashes, counts, _environment(job.device, job.threads), bad_tiles)
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
 
@@ -141,7 +147,7 @@ def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Pla
     """Tissue and plan of a job, as any run of it would make them."""
     tissue = find_tissue(slide, job.tissue)
     grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
-    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block)
+    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
 
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
