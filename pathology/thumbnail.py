@@ -13,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
+from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
 from pathology.resample import level_for
 from pathology.slide import WHITE, Slide, SlideInfo
 
 # Side of the largest block that is decoded at once, in level px: 12 MiB of RGB.
 BLOCK_PX = 2048
+# Where tiles are corrupt, blocks are halved until they are this small.
+LEAST_PX = 64
 
 # Blocks are whole multiples of the reduction, so a larger one would make blocks larger; what is left is done by a resize.
 MAX_FACTOR = 256
@@ -33,23 +36,47 @@ def reduced_shape(info: SlideInfo, level: int, factor: int) -> tuple[int, int]:
     return -(-height // factor), -(-width // factor)
 
 
-def reduced_blocks(slide: Slide, level: int, factor: int) -> Iterator[tuple[Box, NDArray[np.uint8], NDArray[np.bool_]]]:
+def reduced_blocks(
+    slide: Slide, level: int, factor: int, corrupt: list[Box] | None = None
+) -> Iterator[tuple[Box, NDArray[np.uint8], NDArray[np.bool_]]]:
     """A whole level, each pixel the mean of factor x factor level pixels, block by block in row-major order.
 
     Yields (box in reduced px, (H, W, 3) uint8 RGB, (H, W) bool: at least half of the pixel has data).
+    `corrupt` takes the boxes, in level px, that cannot be decoded; they are white and have no data.
     """
+    corrupt = [] if corrupt is None else corrupt
     extent = Box(0, 0, *slide.info.level_shapes[level])
     side = max(1, BLOCK_PX // factor) * factor
     for y in range(0, extent.height, side):
         for x in range(0, extent.width, side):
             box = Box(y, x, side, side).intersect(extent)
-            rgb, valid = slide.read_masked(level, box)
+            rgb, valid = _readable(slide, level, box, corrupt)
             small = Box(y // factor, x // factor, -(-box.height // factor), -(-box.width // factor))
             if factor == 1:
                 yield small, rgb, valid
                 continue
             share = Image.fromarray(valid.astype(np.uint8) * 255).reduce(factor)
             yield small, np.asarray(Image.fromarray(rgb).reduce(factor)), np.asarray(share) >= 128
+
+
+def _readable(slide: Slide, level: int, box: Box, corrupt: list[Box]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Pixels and data mask of a box; parts whose pixels are corrupt are white and no data, down to pieces of LEAST_PX."""
+    try:
+        return slide.read_masked(level, box)
+    except SlideError as error:
+        if error.reason is not Reason.CORRUPT_TILES:
+            raise
+    pixels, valid = np.full((*box.shape, 3), WHITE, np.uint8), np.zeros(box.shape, bool)
+    if max(box.shape) > LEAST_PX:
+        h, w = -(-box.height // 2), -(-box.width // 2)
+        for y, x in ((0, 0), (0, w), (h, 0), (h, w)):
+            quarter = Box(box.y + y, box.x + x, h, w).intersect(box)
+            if not quarter.empty:
+                at = quarter.slices(box)
+                pixels[at], valid[at] = _readable(slide, level, quarter, corrupt)
+    else:
+        corrupt.append(box)
+    return pixels, valid
 
 
 def thumbnail(slide: Slide, max_px: int) -> NDArray[np.uint8]:

@@ -102,7 +102,7 @@ def prepare(job: Job) -> Prepared:
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
-    todo = work.todo(plan)
+    todo = work.todo(plan, whole=job.on_bad_tile == "fail")
     emit(
         Path(job.out),
         "slide-begin",
@@ -121,7 +121,7 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     began = time.perf_counter()
     pool = None if in_order else _pool(job.readers)
     bad_tiles: list[Tile] = []
-    on_bad = bad_tiles.append
+    on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
     with closing(infer_region(slide, spec, plan, region, _predict(job, in_order), on_bad, pool, job.readers)) as rows:
         hashes = work.stage(region, rows)
@@ -130,6 +130,14 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     work.mark(region, hashes, counts, _environment(job.device, job.threads), bad_tiles)
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
+
+
+def _refuse_bad(tile: Tile) -> None:
+    raise SlideError(
+        Reason.CORRUPT_TILES,
+        f"tile (row {tile[0]}, column {tile[1]}) cannot be decoded; copy the file again from its source, "
+        "or leave such tiles out with --on-bad-tile mask",
+    )
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
@@ -187,7 +195,7 @@ def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, An
     sizes |= {job.slide_folder / name: entry["bytes"] for name, entry in manifest["slide_files"].items()}
     broken = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
     record = read_record(folder)
-    if not broken and record is not None:
+    if not broken and record is not None and not (record["status"] == "partial" and job.overwrite):
         return record
     if job.overwrite:
         return None

@@ -26,6 +26,7 @@ class Settings:
     batch_size: int = 32
     readers: int | None = None
     threads: int | None = None
+    on_bad_tile: Literal["mask", "fail"] = "mask"
     overwrite: bool = False
     strict: bool = False
 
@@ -53,6 +54,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             batch_size=settings.batch_size,
             threads=settings.threads or cores,
             readers=settings.readers or cores,
+            on_bad_tile=settings.on_bad_tile,
             overwrite=settings.overwrite,
             strict=settings.strict,
             columns=slide.columns,
