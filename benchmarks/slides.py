@@ -34,7 +34,7 @@ Key = tuple[Hashable, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One slide: (height, width) in px, um/px, nominal magnification, how many of BLOBS, and whether equal tiles are stored once."""
+    """One slide: (height, width) in px, um/px, magnification, how many of BLOBS, and whether equal tiles are stored once."""
 
     shape: tuple[int, int]
     mpp: float
@@ -75,9 +75,7 @@ class _Source:
         whole = np.concatenate([dense, dense[:, ::-1]], axis=1)
         self.tissue = np.concatenate([whole, whole[::-1]], axis=0)
         tiles = [
-            region[y : y + TILE, x : x + TILE]
-            for y in range(0, region.shape[0], TILE)
-            for x in range(0, region.shape[1], TILE)
+            region[y : y + TILE, x : x + TILE] for y in range(0, region.shape[0], TILE) for x in range(0, region.shape[1], TILE)
         ]
         spread = [float(np.ptp(tile, axis=-1).mean() + tile.std()) for tile in tiles]
         self.glass = [tiles[i] for i in np.argsort(spread)[:4]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,12 +31,33 @@ DISK_ERRORS = {
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
+    with new_file(path) as write:
+        write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Replace `path` by all that is written inside: gives a function that appends. Where the inside raises, nothing changes."""
     temporary = path.with_name(path.name + ".tmp")
     with output_faults(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        file = temporary.open("wb", buffering=0)
+
+    def write(data: bytes) -> None:
+        left = memoryview(data)
+        with output_faults(path):
+            while left:
+                left = left[file.write(left) :]
+
+    try:
+        # Only what is done to this file is under `output_faults`: what raises between writes may be a slide's fault.
+        with file:
+            yield write
+            with output_faults(path):
+                os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with output_faults(path):
         temporary.replace(path)
         sync_folder(path.parent)
 

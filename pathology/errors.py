@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why a slide has no result; the word in `summary.csv`, events and `result.json`."""
+    """Why a slide has no result, or no whole one; the word in `summary.csv`, events and `result.json`."""
 
     MISSING = "missing"  # no such path
     EMPTY = "empty_file"  # zero bytes
@@ -18,7 +18,7 @@ class Reason(StrEnum):
     NO_MPP = "no_mpp"  # the file names no resolution
     BAD_MPP = "bad_mpp"  # the resolution is absurd, anisotropic or contradicts --slide-mpp
     READ_ERROR = "read_error"  # pixels could not be read although the slide opened
-    CORRUPT_TILES = "corrupt_tiles"  # some of its pixels cannot be decoded
+    CORRUPT_TILES = "corrupt_tiles"  # pixels of single tiles cannot be decoded; the file is readable elsewhere
     BAD_SCORES = "bad_scores"  # the model answered with NaN or infinity
     MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
     CHANGED = "changed"  # the slide, or its finished result, is not what it was when the result was made

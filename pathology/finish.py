@@ -6,12 +6,15 @@ interrupted: it holds hashes and what decided the values, never a time, host, pa
 
 from __future__ import annotations
 
+import csv
+import functools
 import hashlib
+import io
 import json
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
-from pathology.errors import UsageError
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.export.png import overlay_l0_pixel, overlay_png
 from pathology.export.table import TileTable, tile_table, write_parquet
 from pathology.geometry import Box
@@ -33,18 +36,27 @@ from pathology.slide import Slide
 from pathology.store import STORE_NAME, HeatmapMeta, HeatmapSummary, write_heatmap
 from pathology.work import Work
 
-SCHEMA = 1
-
 MANIFEST, RESULT, OVERLAY, TILES = "manifest.json", "result.json", "overlay.png", "tiles.parquet"
+BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
+
+SCHEMAS = {MANIFEST: 1, RESULT: 2}
 
 
 def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
     """Build, commit and return the record of a slide all of whose regions are done.
 
-    Raises UsageError where `job.strict` and regions were computed in different environments.
+    Raises UsageError where `job.strict` and regions were computed in different environments, SlideError(CORRUPT_TILES)
+    where no tile at all could be read.
     """
     environments = _environments(work, plan, job)
+    bad_tiles = sorted({(row, col) for region in plan.regions for row, col in work.marker(region.index)["bad_tiles"]})
+    if bad_tiles and len(bad_tiles) == len(plan.tiles):
+        work.clear()  # nothing in it is worth keeping, and a repaired file must not meet it
+        raise SlideError(
+            Reason.CORRUPT_TILES,
+            f"none of the {len(bad_tiles)} tiles of slide {job.slide_id} can be decoded; copy the file again from its source",
+        )
     partial = work.partial
     with output_faults(partial):
         shutil.rmtree(partial, ignore_errors=True)
@@ -53,10 +65,12 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> d
         heatmap = open_heatmap(partial / STORE_NAME)
         if spec.output_px == 1:
             write_parquet(partial / TILES, classifier_table(plan, heatmap))
+        if bad_tiles:
+            (partial / BAD_TILES).write_text(_bad_tiles_csv(plan, bad_tiles))
         (partial / OVERLAY).write_bytes(overlay(slide, heatmap))
         manifest = _manifest(partial, job.slide_folder, work)
         (partial / MANIFEST).write_bytes(manifest)
-        record = _record(job, work, plan, slide, spec, heatmap_summary, manifest, environments)
+        record = _record(job, work, plan, slide, spec, heatmap_summary, manifest, environments, len(bad_tiles))
         (partial / RESULT).write_bytes(_json(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)
@@ -102,38 +116,37 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged; replace the result with --overwrite") from None
-    if found != SCHEMA:
-        raise UsageError(f"{path} has schema {found!r}, this version reads {SCHEMA}; use the version that wrote it")
+    if found != SCHEMAS[path.name]:
+        raise UsageError(f"{path} has schema {found!r}, this version reads {SCHEMAS[path.name]}; use the version that wrote it")
     return dict(value)
 
 
 def _write_store(path: Path, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> HeatmapSummary:
     provenance = {"key": work.key, "fields": work.fields}
     meta = HeatmapMeta(plan.frame, spec, plan.grid.tile_px, plan.grid.stride_px, slide.info.fingerprint, provenance)
-    return write_heatmap(path, meta, _Gather(work, plan, len(spec.classes)).read)
+    return write_heatmap(path, meta, functools.partial(_gather, work, plan, len(spec.classes)))
 
 
-class _Gather:
-    """Any box of the heatmap from the staged regions. Keeps the regions of the last box: shards come in row-major order."""
+def _gather(work: Work, plan: Plan, classes: int, box: Box) -> NDArray[np.float32]:
+    """(C, h, w) float32 scores of any box of the heatmap, from the blocks of staged regions that lie in it."""
+    scores = np.full((classes, *box.shape), np.nan, np.float32)
+    for region in plan.regions:
+        if box.intersect(region.box).empty:
+            continue
+        for block, staged in work.load(region, box):
+            common = box.intersect(block)
+            scores[:, *common.slices(box)] = staged[:, *common.slices(block)]
+    return scores
 
-    def __init__(self, work: Work, plan: Plan, classes: int) -> None:
-        self._work = work
-        self._plan = plan
-        self._classes = classes
-        self._kept: dict[int, NDArray[np.float32]] = {}
 
-    def read(self, box: Box) -> NDArray[np.float32]:
-        scores = np.full((self._classes, *box.shape), np.nan, np.float32)
-        kept: dict[int, NDArray[np.float32]] = {}
-        for region in self._plan.regions:
-            common = box.intersect(region.box)
-            if common.empty:
-                continue
-            array = self._kept[region.index] if region.index in self._kept else self._work.load(region.index)
-            kept[region.index] = array
-            scores[:, *common.slices(box)] = array[:, *common.slices(region.box)]
-        self._kept = kept
-        return scores
+def _bad_tiles_csv(plan: Plan, tiles: Sequence[tuple[int, int]]) -> str:
+    """Their place in the grid, and their corner in continuous level-0 px, in which another program can look for the damage."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("row", "col", "l0_y", "l0_x", "reason"))
+    for (row, col), (y, x) in zip(tiles, plan.grid.l0_origins(np.array(tiles)).tolist(), strict=True):
+        writer.writerow((row, col, y, x, Reason.CORRUPT_TILES))
+    return text.getvalue()
 
 
 def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
@@ -150,7 +163,7 @@ def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
 def _manifest(partial: Path, slide_folder: Path, work: Work) -> bytes:
     files = {str(path.relative_to(partial)): _file_entry(path) for path in partial.rglob("*") if path.is_file()}
     tissue = {name: _file_entry(slide_folder / name) for name in TISSUE_FILES}
-    return _json({"schema": SCHEMA, "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
+    return _json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -168,12 +181,15 @@ def _record(
     summary: HeatmapSummary,
     manifest: bytes,
     environments: list[dict[str, Any]],
+    bad_tiles: int,
 ) -> dict[str, Any]:
     counts = [work.marker(r.index)["counts"] for r in plan.regions]
     return {
-        "schema": SCHEMA,
+        "schema": SCHEMAS[RESULT],
         "research_use_only": True,
-        "status": "ok" if len(plan.tiles) else "ok_empty",
+        "status": "partial" if bad_tiles else "ok" if len(plan.tiles) else "ok_empty",
+        "reason": Reason.CORRUPT_TILES if bad_tiles else None,
+        "message": f"{bad_tiles} of {len(plan.tiles)} tiles cannot be decoded; {BAD_TILES} lists them" if bad_tiles else "",
         "slide": job.slide,
         "slide_id": job.slide_id,
         "model": spec.name,
@@ -186,6 +202,7 @@ def _record(
         "vendor": slide.info.vendor,
         "bounds": None if slide.info.bounds is None else list(asdict(slide.info.bounds).values()),
         "tiles": len(plan.tiles),
+        "bad_tiles": bad_tiles,
         "regions": len(plan.regions),
         "forward_passes": plan.forward_passes,
         "tissue_mm2": plan.tissue_mm2,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathology.batches import ReadPool, read_tiles
+from pathology.clock import Clock
 from pathology.errors import Reason, SlideError
 from pathology.model import ModelSpec
 from pathology.plan import Plan, Region
@@ -15,29 +17,48 @@ from pathology.predictor import Predict
 from pathology.slide import Slide
 from pathology.stitch import Canvas, blend_window
 
+Tile = tuple[int, int]
+
 
 def infer_region(
-    slide: Slide, spec: ModelSpec, plan: Plan, region: Region, predict: Predict, pool: ReadPool | None = None
-) -> NDArray[np.float32]:
-    """(C, H, W) float32 scores of `region.box`, NaN where no tile fell.
+    slide: Slide,
+    spec: ModelSpec,
+    plan: Plan,
+    region: Region,
+    predict: Predict,
+    on_bad: Callable[[Tile], None],
+    pool: ReadPool | None = None,
+    clock: Clock | None = None,
+) -> Generator[NDArray[np.float32], None, None]:
+    """The rows of `region.box` as `stitch.bands` cuts them: (C, h, W) float32 scores, NaN where no tile fell.
+
+    on_bad  told of each tile (row, col) that cannot be decoded. It goes to no model and leaves nothing on the canvas
+    clock   told what time reading took
 
     Raises SlideError(BAD_SCORES) where the model answers NaN or infinity: it must not spread into its neighbours.
     """
     canvas = Canvas(region.box, len(spec.classes), blend_window(spec.output_px, plan.blend))
-    places = region.tiles.astype(np.int64) * plan.h_stride
-    tiles = _whole(read_tiles(slide, spec, plan.grid, region.tiles, pool))
-    for (y, x), scores in zip(places, predict(tiles), strict=True):
+    asked: deque[Tile] = deque()  # tiles that the model was given and has not answered: it takes them ahead
+
+    def readable() -> Iterator[NDArray[np.uint8]]:
+        pixels = read_tiles(slide, spec, plan.grid, region.tiles, pool, clock)
+        for (row, col), tile in zip(region.tiles.tolist(), pixels, strict=True):
+            if tile is None:
+                on_bad((row, col))
+                continue
+            asked.append((row, col))
+            yield tile
+
+    for scores in predict(readable()):
+        row, col = asked.popleft()
+        y, x = row * plan.h_stride, col * plan.h_stride
         if not np.isfinite(scores).all():
             raise SlideError(
                 Reason.BAD_SCORES,
                 f"model {spec.name} answered NaN or infinity at heatmap pixel ({y}, {x}); check it on that tile",
             )
-        canvas.add(scores, int(y), int(x))
-    return canvas.mean()
-
-
-def _whole(tiles: Iterator[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.uint8]]:
-    for tile in tiles:
-        if tile is None:
-            raise SlideError(Reason.CORRUPT_TILES, "the slide has tiles that cannot be decoded; copy it again from its source")
-        yield tile
+        yield from canvas.final(y)
+        canvas.add(scores, y, x)
+    if asked:
+        raise RuntimeError(f"model {spec.name} left {len(asked)} tiles unanswered")
+    yield from canvas.final(region.box.y1)

@@ -34,6 +34,7 @@ class Job:
     tissue       how tissue is found
     blend        weights where dense answers overlap
     block        strides a side of a region; None: as the plan sees fit
+    on_bad_tile  a tile that cannot be decoded: "mask" leaves it NaN and the slide "partial", "fail" fails the slide
     device       "cpu", "cuda", "cuda:N", "mps"
     batch_size   tiles per model call; part of what decides the last bits
     threads      torch threads of a process; likewise. 0: as measured at the run's start
@@ -62,6 +63,7 @@ class Job:
     tissue: Literal["otsu", "none"] = "otsu"
     blend: Blend = "hann"
     block: int | None = None
+    on_bad_tile: Literal["mask", "fail"] = "mask"
     device: str = "cpu"
     batch_size: int = 32
     threads: int = 1

@@ -19,15 +19,21 @@ from pathology.errors import UsageError
 from pathology.geometry import Box, HeatmapFrame
 from pathology.grid import TileGrid
 from pathology.model import ModelSpec
-from pathology.stitch import Blend
+from pathology.stitch import BAND_PX, Blend, canvas_bytes
 from pathology.tissue import TissueMask
 
-SCHEMA = 1
+SCHEMA = 2
 
-# A classifier's region, in strides a side: small enough to retry, large enough that files and tasks stay few.
-CLASSIFIER_BLOCK = 16
-# A dense region is as large as a canvas of this size allows: tiles straddling its border are computed on both sides.
-CANVAS_BYTES = 512 * 2**20
+# A region's strides a side: small enough to retry, large enough that files and tasks stay few. A dense region's are counted
+# per stride that a tile reaches beyond its own, because tiles that straddle a border are computed on both sides: at 50 %
+# overlap one in 32 does, along each axis.
+BLOCK = 32
+# More overlap than 67 % makes no larger region: too much work would hang on one retry.
+BLOCK_MAX = 64
+# What a worker may hold unless it is told, how many regions it has at work, and the share that each one's canvas may take.
+MEMORY_BYTES = 2**30
+REGIONS_AT_ONCE = 2
+CANVAS_SHARE = 5 / 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +56,14 @@ class Plan:
 
     tiles      (n, 2) int32 row, col of the tiles chosen by tissue, row-major, each once
     coverage   (n,) float32, the tissue share of each
-    block      strides a side of a region
+    block      (rows, columns) of a region in strides
     """
 
     grid: TileGrid
     frame: HeatmapFrame
     output_px: int
     blend: Blend
-    block: int
+    block: tuple[int, int]
     tiles: NDArray[np.int32]
     coverage: NDArray[np.float32]
     tissue_mm2: float
@@ -107,7 +113,7 @@ class Plan:
             grid,
             data["output_px"],
             data["blend"],
-            data["block"],
+            (data["block"][0], data["block"][1]),
             np.array(data["tiles"], np.int32).reshape(-1, 2),
             np.array(data["coverage"], np.float32),
             data["tissue_mm2"],
@@ -115,12 +121,20 @@ class Plan:
 
 
 def make_plan(
-    grid: TileGrid, spec: ModelSpec, tissue: TissueMask, *, min_tissue: float, blend: Blend = "hann", block: int | None = None
+    grid: TileGrid,
+    spec: ModelSpec,
+    tissue: TissueMask,
+    *,
+    min_tissue: float,
+    blend: Blend = "hann",
+    block: int | None = None,
+    memory: int = MEMORY_BYTES,
 ) -> Plan:
     """The plan for one slide and model.
 
     min_tissue  a tile is inferred if at least this share of it (and more than nothing) is tissue, 0..1
-    block       strides a side of a region; by default 16 for a classifier, as many as fit a canvas of 512 MiB otherwise
+    block       strides a side of a region; None: as `choose_block` sees fit
+    memory      bytes that a worker may hold: a dense region's canvas takes at most `CANVAS_SHARE` of it
     """
     if not 0 <= min_tissue <= 1:
         raise UsageError(f"min tissue {min_tissue} is outside 0..1; it is the share of a tile that must be tissue")
@@ -132,72 +146,70 @@ def make_plan(
     )
     coverage = tissue.coverage(grid.l0_origins(tiles), grid.l0_tile).astype(np.float32)
     chosen = (coverage >= np.float32(min_tissue)) & (coverage > 0)
-    if block is None:
-        block = _block(grid, spec)
-    return cut(grid, spec.output_px, blend, block, tiles[chosen], coverage[chosen], tissue.area_mm2)
+    shape = choose_block(grid, spec, memory) if block is None else (block, block)
+    return cut(grid, spec.output_px, blend, shape, tiles[chosen], coverage[chosen], tissue.area_mm2)
 
 
 def cut(
     grid: TileGrid,
     output_px: int,
     blend: Blend,
-    block: int,
+    block: tuple[int, int],
     tiles: NDArray[np.int32],
     coverage: NDArray[np.float32],
     tissue_mm2: float,
 ) -> Plan:
-    """Cut the chosen tiles into regions of `block` x `block` strides; regions without a tile are left out."""
+    """Cut the chosen tiles into regions of `block` (rows, columns) strides; regions without a tile are left out."""
     frame = grid.heatmap_frame(output_px)
-    side = block * grid.heatmap_pixels_per_stride(output_px)
+    h_stride = grid.heatmap_pixels_per_stride(output_px)
     regions: list[Region] = []
-    for box, touching in _touching(grid, frame, output_px, side, tiles):
+    for box, touching in _touching(frame, output_px, h_stride, block, tiles):
         regions.append(Region(len(regions), box, touching))
     return Plan(grid, frame, output_px, blend, block, tiles, coverage, tissue_mm2, tuple(regions))
 
 
 def _touching(
-    grid: TileGrid, frame: HeatmapFrame, output_px: int, side: int, tiles: NDArray[np.int32]
+    frame: HeatmapFrame, output_px: int, h_stride: int, block: tuple[int, int], tiles: NDArray[np.int32]
 ) -> Iterator[tuple[Box, NDArray[np.int32]]]:
-    """Boxes of `side` heatmap px in row-major order, with the tiles whose answers touch them, where there are any."""
-    h_stride = grid.heatmap_pixels_per_stride(output_px)
-    height, width = frame.shape
+    """Boxes of `block` strides in row-major order, with the tiles whose answers touch them, where there are any."""
+    whole = Box(0, 0, *frame.shape)
+    height, width = block[0] * h_stride, block[1] * h_stride
     y0, x0 = (tiles * np.int64(h_stride)).T
-    for top in range(0, height, side):
-        in_rows = (y0 < min(top + side, height)) & (y0 + output_px > top)
-        band, band_x0 = tiles[in_rows], x0[in_rows]
-        if not len(band):
+    for top in range(0, whole.height, height):
+        row = Box(top, 0, height, whole.width).intersect(whole)
+        in_row = (y0 < row.y1) & (y0 + output_px > row.y)
+        row_tiles, row_x0 = tiles[in_row], x0[in_row]
+        if not len(row_tiles):
             continue
-        for left in range(0, width, side):
-            box = Box(top, left, min(side, height - top), min(side, width - left))
-            touching = band[(band_x0 < box.x1) & (band_x0 + output_px > left)]
+        for left in range(0, whole.width, width):
+            box = Box(top, left, row.height, width).intersect(whole)
+            touching = row_tiles[(row_x0 < box.x1) & (row_x0 + output_px > box.x)]
             if len(touching):
                 yield box, touching
 
 
-def _block(grid: TileGrid, spec: ModelSpec) -> int:
-    if spec.output_px == 1:
-        return CLASSIFIER_BLOCK
-    side = math.isqrt(CANVAS_BYTES // canvas_pixel_bytes(len(spec.classes)))
-    return max(1, side // grid.heatmap_pixels_per_stride(spec.output_px))
+def choose_block(grid: TileGrid, spec: ModelSpec, memory: int) -> tuple[int, int]:
+    """(rows, columns) of a region in strides, for workers that may hold `memory` bytes.
 
-
-def canvas_pixel_bytes(classes: int) -> int:
-    """Memory per heatmap pixel of a region at work: float64 sums and weights, the float32 answer, and where there is one."""
-    return classes * (8 + 4) + 8 + 1
-
-
-def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, regions: int = 2) -> int:
-    """Most bytes that one worker holds for `regions` regions at once, beyond libraries and the model itself.
-
-    Canvases; tiles handed in and not yet answered (two batches a region), read ahead (8 a reader), and the batch;
-    and a source window for each reader, as RGB with mask, and as Pillow's four bytes a pixel.
+    32 x 32; where dense answers overlap, that many for each stride that a tile reaches beyond its own, 64 at most. A region
+    that its canvas's memory, or the slide, makes narrower is as much taller: rows cost no memory, and the work stays the same.
     """
-    tile = spec.input_px**2 * 3
-    window = (plan.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
-    tiles = regions * (2 * batch_size + 8 * readers) + batch_size
-    return int(regions * canvas_bytes(plan, len(spec.classes)) + tiles * tile + readers * window)
+    if spec.output_px == 1:
+        return BLOCK, BLOCK
+    h_stride = grid.heatmap_pixels_per_stride(spec.output_px)
+    side = min(BLOCK_MAX, BLOCK * max(1, math.ceil(spec.output_px / h_stride) - 1))
+
+    def fits(cols: int) -> bool:
+        return canvas_bytes(len(spec.classes), spec.output_px, h_stride, cols * h_stride) <= memory * CANVAS_SHARE
+
+    widest = min(side, math.ceil(grid.heatmap_frame(spec.output_px).shape[1] / h_stride))
+    cols = next((cols for cols in range(widest, 1, -1) if fits(cols)), 1)
+    return side * side // cols, cols
 
 
-def canvas_bytes(plan: Plan, classes: int) -> int:
-    """Memory of the largest region's canvas."""
-    return max((math.prod(r.box.shape) for r in plan.regions), default=0) * canvas_pixel_bytes(classes)
+def region_bytes(plan: Plan, classes: int) -> int:
+    """Most bytes of a region at work, beside its tiles: the canvas of the widest one, and a band on its way to disk."""
+    width = max((region.box.width for region in plan.regions), default=0)
+    if not width:
+        return 0
+    return canvas_bytes(classes, plan.output_px, plan.h_stride, width) + BAND_PX * width * classes * 4

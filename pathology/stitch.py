@@ -6,6 +6,10 @@ order, not on how the slide was cut into regions. Sums are float64 of exact floa
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise, takewhile
 from typing import Literal
 
 import numpy as np
@@ -31,29 +35,82 @@ def blend_window(side: int, blend: Blend) -> NDArray[np.float32]:
     raise UsageError(f"blend {blend!r} is unknown; use hann or constant")
 
 
+# Rows of the heatmap are handed out, staged and hashed in bands that end at multiples of this.
+BAND_PX = 64
+
+
+def bands(box: Box) -> Iterator[Box]:
+    """`box` from top to bottom, cut at the heatmap's multiples of `BAND_PX` rows."""
+    cuts = range(box.y // BAND_PX * BAND_PX + BAND_PX, box.y1, BAND_PX)
+    for y, y1 in pairwise((box.y, *cuts, box.y1)):
+        yield Box(y, box.x, y1 - y, box.width)
+
+
 class Canvas:
-    """Weighted sums over `box` (heatmap px) for `classes` channels; lives as long as its region."""
+    """Weighted sums over `box` (heatmap px) for `classes` channels; lives as long as its region.
+
+    It rolls: tiles come in row-major order, so where a row of tiles begins, all above is final. A band of rows has sums
+    from the first tile that touches it until it is handed out, so memory follows the region's width, not its height.
+    """
 
     def __init__(self, box: Box, classes: int, window: NDArray[np.float32]) -> None:
-        self.box = box
+        self._classes = classes
         self._window = window.astype(np.float64)
-        self._sums = np.zeros((classes, *box.shape), np.float64)
-        self._weights = np.zeros(box.shape, np.float64)
+        self._left = deque(bands(box))  # not handed out
+        self._open: dict[Box, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}  # their sums and weights, once touched
+        self._final = -math.inf  # rows above are final
 
     def add(self, scores: NDArray[np.float32], y: int, x: int) -> None:
-        """Add one tile's (C, h, w) scores whose corner lies at heatmap pixel (y, x); what falls outside the box is dropped."""
-        tile = Box(y, x, *self._window.shape)
-        inside = tile.intersect(self.box)
-        if inside.empty:
-            return
-        on_canvas, on_tile = inside.slices(self.box), inside.slices(tile)
-        weights = self._window[on_tile]
-        self._sums[:, *on_canvas] += weights * scores[:, *on_tile]
-        self._weights[on_canvas] += weights
+        """Add one tile's (C, h, w) scores whose corner lies at heatmap pixel (y, x); what falls outside the box is dropped.
 
-    def mean(self) -> NDArray[np.float32]:
-        """(C, H, W) float32 weighted means; NaN where no tile fell."""
-        # Divided in float64 and rounded once, piece by piece: no second float64 canvas. Where nothing fell the NaN is the
-        # one that every array here is filled with, not that of 0/0, whose sign depends on the processor.
-        mean = np.full(self._sums.shape, np.nan, np.float32)
-        return np.divide(self._sums, self._weights, out=mean, where=self._weights > 0, casting="same_kind")
+        Raises ValueError for a tile that begins above rows that were handed out.
+        """
+        if y < self._final:
+            raise ValueError(
+                f"tile at heatmap row {y} after all rows above {self._final} were final; add tiles in row-major order"
+            )
+        tile = Box(y, x, *self._window.shape)
+        for band in takewhile(lambda band: band.y < tile.y1, self._left):
+            inside = tile.intersect(band)
+            if inside.empty:
+                continue
+            if band not in self._open:
+                self._open[band] = np.zeros((self._classes, *band.shape)), np.zeros(band.shape)
+            sums, weights = self._open[band]
+            on_band, on_tile = inside.slices(band), inside.slices(tile)
+            sums[:, *on_band] += self._window[on_tile] * scores[:, *on_tile]
+            weights[on_band] += self._window[on_tile]
+
+    def final(self, row: int) -> Iterator[NDArray[np.float32]]:
+        """The bands above heatmap row `row` that were not handed out yet, given that no tile to come begins above it.
+
+        Each is (C, h, width of the box) float32 weighted means; NaN where no tile fell.
+        """
+        self._final = max(self._final, row)
+        while self._left and self._left[0].y1 <= row:
+            band = self._left.popleft()
+            # Where nothing fell the NaN is the one that every array here is filled with, not that of 0/0, whose sign
+            # depends on the processor.
+            mean = np.full((self._classes, *band.shape), np.nan, np.float32)
+            if band in self._open:
+                sums, weights = self._open.pop(band)
+                # Divided in float64, rounded once.
+                np.divide(sums, weights, out=mean, where=weights > 0, casting="same_kind")
+                del sums, weights
+            yield mean
+
+
+def canvas_bytes(classes: int, output_px: int, h_stride: int, width: int) -> int:
+    """Most bytes of a canvas of `width` heatmap px at work, with the band that it hands out.
+
+    classes    channels
+    output_px  side of a tile's answer
+    h_stride   heatmap px between tiles' answers: their first rows are multiples of it
+    """
+    # A tile's first row lies at most this far inside its band.
+    inside = BAND_PX - math.gcd(h_stride, BAND_PX)
+    rows = math.ceil((inside + output_px) / BAND_PX) * BAND_PX
+    sums = rows * width * (classes + 1) * 8
+    handed_out = BAND_PX * width * (classes * 4 + 1)  # means, and where there are any
+    adding = (output_px + classes * BAND_PX) * output_px * 8  # the window, and a tile's weighted scores in one band
+    return sums + handed_out + adding

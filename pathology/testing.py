@@ -14,21 +14,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
 from pathology.model import ModelSpec
 from pathology.slide import Slide, SlideInfo
 
 
 class ArrayReader:
-    """Levels held in memory. Counts its reads, and the pixels of the largest one."""
+    """Levels held in memory. Keeps a record of its reads; those that touch a box of `bad` (level, box) find it corrupt."""
 
-    def __init__(self, levels: Sequence[NDArray[np.uint8]], valid: Sequence[NDArray[np.bool_]] | None = None) -> None:
+    def __init__(
+        self,
+        levels: Sequence[NDArray[np.uint8]],
+        valid: Sequence[NDArray[np.bool_]] | None = None,
+        bad: Sequence[tuple[int, Box]] = (),
+    ) -> None:
         self.levels = levels
         self.valid = valid
+        self.bad = bad
         self.reads: list[tuple[int, Box]] = []
 
     def read(self, level: int, box: Box) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
         self.reads.append((level, box))
+        if any(level == k and not box.intersect(damage).empty for k, damage in self.bad):
+            raise SlideError(Reason.CORRUPT_TILES, f"a tile under {box} of level {level} cannot be decoded")
         at = box.slices()
         return self.levels[level][at].copy(), None if self.valid is None else self.valid[level][at].copy()
 
@@ -37,9 +46,16 @@ class ArrayReader:
 
 
 def array_slide(
-    pixels: NDArray[np.uint8], mpp: float = 0.5, downsamples: Sequence[int] = (1,), valid: NDArray[np.bool_] | None = None
+    pixels: NDArray[np.uint8],
+    mpp: float = 0.5,
+    downsamples: Sequence[int] = (1,),
+    valid: NDArray[np.bool_] | None = None,
+    bad: Sequence[tuple[int, Box]] = (),
 ) -> Slide:
-    """A slide of (H, W, 3) uint8 `pixels`; lower levels are area means, cut to whole pixels. The reader is `slide._reader`."""
+    """A slide of (H, W, 3) uint8 `pixels`; lower levels are area means, cut to whole pixels. The reader is `slide._reader`.
+
+    bad  (level, box in its px) of pixels that cannot be decoded
+    """
     levels = [_shrink(pixels, d).round().astype(np.uint8) for d in downsamples]
     masks = None if valid is None else [_shrink(valid[..., None], d)[..., 0] >= 0.5 for d in downsamples]
     info = SlideInfo(
@@ -53,7 +69,7 @@ def array_slide(
         bounds=None,
         fingerprint=hashlib.sha256(pixels.tobytes()).hexdigest(),
     )
-    return Slide(Path("array"), info, ArrayReader(levels, masks))
+    return Slide(Path("array"), info, ArrayReader(levels, masks, bad))
 
 
 def _shrink(values: NDArray[np.generic], factor: int) -> NDArray[np.float64]:

@@ -36,17 +36,21 @@ def reduced_shape(info: SlideInfo, level: int, factor: int) -> tuple[int, int]:
     return -(-height // factor), -(-width // factor)
 
 
-def reduced_blocks(slide: Slide, level: int, factor: int) -> Iterator[tuple[Box, NDArray[np.uint8], NDArray[np.bool_]]]:
+def reduced_blocks(
+    slide: Slide, level: int, factor: int, corrupt: list[Box] | None = None
+) -> Iterator[tuple[Box, NDArray[np.uint8], NDArray[np.bool_]]]:
     """A whole level, each pixel the mean of factor x factor level pixels, block by block in row-major order.
 
     Yields (box in reduced px, (H, W, 3) uint8 RGB, (H, W) bool: at least half of the pixel has data).
+    `corrupt` takes the boxes, in level px, that cannot be decoded; they are white and have no data.
     """
+    corrupt = [] if corrupt is None else corrupt
     extent = Box(0, 0, *slide.info.level_shapes[level])
     side = max(1, BLOCK_PX // factor) * factor
     for y in range(0, extent.height, side):
         for x in range(0, extent.width, side):
             box = Box(y, x, side, side).intersect(extent)
-            rgb, valid = _readable(slide, level, box)
+            rgb, valid = _readable(slide, level, box, corrupt)
             small = Box(y // factor, x // factor, -(-box.height // factor), -(-box.width // factor))
             if factor == 1:
                 yield small, rgb, valid
@@ -55,7 +59,7 @@ def reduced_blocks(slide: Slide, level: int, factor: int) -> Iterator[tuple[Box,
             yield small, np.asarray(Image.fromarray(rgb).reduce(factor)), np.asarray(share) >= 128
 
 
-def _readable(slide: Slide, level: int, box: Box) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _readable(slide: Slide, level: int, box: Box, corrupt: list[Box]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Pixels and data mask of a box; parts whose pixels are corrupt are white and no data, down to pieces of LEAST_PX."""
     try:
         return slide.read_masked(level, box)
@@ -69,7 +73,9 @@ def _readable(slide: Slide, level: int, box: Box) -> tuple[NDArray[np.uint8], ND
             quarter = Box(box.y + y, box.x + x, h, w).intersect(box)
             if not quarter.empty:
                 at = quarter.slices(box)
-                pixels[at], valid[at] = _readable(slide, level, quarter)
+                pixels[at], valid[at] = _readable(slide, level, quarter, corrupt)
+    else:
+        corrupt.append(box)
     return pixels, valid
 
 

@@ -181,6 +181,9 @@ def find_tissue(slide: Slide, method: Literal["otsu", "none"] = "otsu") -> Tissu
             fluorescence and the palest stroma of immunostains don't: use "none" where that matters.
     "none"  everything that has data.
 
+    Parts that cannot be decoded here count as tissue, lest a corrupt tile pass for glass: they are planned, and if they
+    cannot be decoded for the model either, found and listed.
+
     Raises UsageError for another method, SlideError where pixels can't be read.
     """
     if method not in ("otsu", "none"):
@@ -189,11 +192,14 @@ def find_tissue(slide: Slide, method: Literal["otsu", "none"] = "otsu") -> Tissu
     level, factor = _working_level(info)
     shape = reduced_shape(info, level, factor)
     saturation, valid = np.zeros(shape, np.uint8), np.zeros(shape, bool)
-    for box, rgb, has_data in reduced_blocks(slide, level, factor):
+    corrupt: list[Box] = []
+    for box, rgb, has_data in reduced_blocks(slide, level, factor, corrupt):
         saturation[box.slices()] = np.where(has_data, _saturation(rgb), 0)
         valid[box.slices()] = has_data
     l0_pixel = info.level_downsamples[level] * factor
     mask = _coloured(saturation, valid, l0_pixel * info.mpp) if method == "otsu" else valid
+    for box in corrupt:
+        mask[box.y // factor : -(-box.y1 // factor), box.x // factor : -(-box.x1 // factor)] = True
     return TissueMask(mask, (l0_pixel, l0_pixel), info.mpp, info.shape, method)
 
 

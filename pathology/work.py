@@ -1,28 +1,44 @@
 """Unfinished work of one slide and model: staged regions under `<out>/.work/<slide>/<model>/`.
 
-Promise: a region counts as done only when its marker parses, names this key and this plan, and the hash of the staged
-bytes is the marker's. That a file exists is never the test.
+Promise: a region counts as done only when its marker parses, names this key and this plan, and the hashes of the staged
+bytes are the marker's. That a file exists is never the test. Regions go to disk and back block by block, never whole.
+
+A staged region is its blocks in row-major order (see `blocks`), each (C, h, w) little-endian float32 without a header.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.durable import make_folders, output_faults, sync_folder, write_file
+from pathology.durable import make_folders, new_file, output_faults, sync_folder, write_file
 from pathology.errors import UsageError
+from pathology.geometry import Box
 from pathology.job import key_difference, key_of
 from pathology.plan import Plan, Region
+from pathology.stitch import bands
 
-SCHEMA = 1
+SCHEMA = 2
+
+# Columns of a block: what is read and hashed at once. Blocks end at multiples of it, as shards of a heatmap do.
+BLOCK_PX = 1024
+
+
+def blocks(band: Box) -> Iterator[Box]:
+    """A band of a region's rows from left to right, cut at the heatmap's multiples of `BLOCK_PX` columns."""
+    x = band.x
+    while x < band.x1:
+        x1 = min(x // BLOCK_PX * BLOCK_PX + BLOCK_PX, band.x1)
+        yield Box(band.y, x, band.height, x1 - x)
+        x = x1
 
 
 class Work:
@@ -80,31 +96,46 @@ class Work:
         self._plan_sha256 = _sha256(record["plan"].encode())
         return Plan.from_json(record["plan"])
 
-    def todo(self, plan: Plan) -> list[int]:
-        """Indices of the regions that are not done, in order."""
-        return [r.index for r in plan.regions if self._done(r.index) is None]
+    def todo(self, plan: Plan, whole: bool = False) -> list[int]:
+        """Indices of the regions that are not done, in order. `whole`: those with tiles that could not be read are not."""
+        return [r.index for r in plan.regions if not self._done(r) or (whole and self.marker(r.index)["bad_tiles"])]
 
-    def put(
-        self, region: Region, heatmap: NDArray[np.float32], counts: Mapping[str, float], environment: Mapping[str, Any]
+    def stage(self, region: Region, rows: Iterable[NDArray[np.float32]]) -> list[str]:
+        """Write a region's bands, (C, h, W) each, as they come; the sha256 of its blocks, for `mark`."""
+        hashes: list[str] = []
+        with new_file(self._path(region.index, "scores")) as write:
+            for band, scores in zip(bands(region.box), rows, strict=True):
+                if scores.shape[1:] != band.shape:
+                    raise ValueError(f"rows {band.y} to {band.y1} of region {region.index} came as {scores.shape}")
+                for block in blocks(band):
+                    data = scores[:, *block.slices(band)].astype("<f4", copy=False).tobytes()
+                    hashes.append(_sha256(data))
+                    write(data)
+        return hashes
+
+    def mark(
+        self,
+        region: Region,
+        hashes: Sequence[str],
+        counts: Mapping[str, float],
+        environment: Mapping[str, Any],
+        bad_tiles: Iterable[tuple[int, int]] = (),
     ) -> None:
-        """Stage one region's (C, H, W) result: data first, then the marker that makes it count."""
-        buffer = io.BytesIO()
-        np.save(buffer, heatmap, allow_pickle=False)
-        data = buffer.getvalue()
-        write_file(self._path(region.index, "npy"), data)
+        """Make a staged region count. `bad_tiles`: (row, col) of those that could not be read."""
         marker = {
             "schema": SCHEMA,
             "key": self.key,
             "plan": self._plan_sha256,
             "region": region.index,
-            "sha256": _sha256(data),
+            "sha256": list(hashes),
             "counts": dict(counts),
             "environment": dict(environment),
+            "bad_tiles": [list(tile) for tile in bad_tiles],
         }
         write_file(self._path(region.index, "json"), _json(marker))
 
     def marker(self, index: int) -> dict[str, Any]:
-        """The marker of a region: {sha256, counts, environment, ...}. Raises UsageError if there is none of this work."""
+        """The marker of a region: {sha256, counts, environment, bad_tiles, ...}. Raises UsageError if this work has none."""
         marker = self._marker(index)
         if marker is None:
             raise UsageError(
@@ -112,16 +143,18 @@ class Work:
             )
         return marker
 
-    def load(self, index: int) -> NDArray[np.float32]:
-        """The (C, H, W) float32 result of a region that is done; its hash is checked on the bytes that are returned."""
-        marker, path = self.marker(index), self._path(index, "npy")
-        data = path.read_bytes() if path.exists() else b""
-        if _sha256(data) != marker["sha256"]:
-            raise UsageError(
-                f"region {index} of slide {self.folder.parent.name} has changed on disk; run the same command again"
-            )
-        array: NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
-        return array
+    def load(self, region: Region, box: Box) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+        """The (C, h, w) float32 blocks of a region that is done that share pixels with `box`, and where each lies.
+
+        Hashes are checked on the bytes that are returned. Raises UsageError where they differ.
+        """
+        marker = self.marker(region.index)
+        for block, data in self._blocks(region, marker, box):
+            if data is None:
+                raise UsageError(
+                    f"region {region.index} of slide {self.folder.parent.name} has changed on disk; run the same command again"
+                )
+            yield block, np.frombuffer(data, "<f4").reshape(-1, *block.shape).astype(np.float32, copy=False)
 
     def clear(self) -> None:
         """Forget everything staged here. The plan goes first: without it nothing here counts as begun."""
@@ -138,16 +171,29 @@ class Work:
         expected = {"schema": SCHEMA, "key": self.key, "plan": self._plan_sha256, "region": index}
         return None if marker is None or any(marker.get(k) != v for k, v in expected.items()) else marker
 
-    def _done(self, index: int) -> dict[str, Any] | None:
-        """The marker, if the staged bytes are the ones it names."""
-        marker = self._marker(index)
-        if marker is None:
-            return None
-        try:
-            data = self._path(index, "npy").read_bytes()
-        except FileNotFoundError:
-            return None
-        return marker if _sha256(data) == marker.get("sha256") else None
+    def _done(self, region: Region) -> bool:
+        """Whether the staged bytes are the ones that the marker names."""
+        marker = self._marker(region.index)
+        return marker is not None and all(data is not None for _, data in self._blocks(region, marker, region.box))
+
+    def _blocks(self, region: Region, marker: Mapping[str, Any], box: Box) -> Iterator[tuple[Box, bytes | None]]:
+        """The blocks that share pixels with `box`, with their bytes; None for bytes that are not what the marker names."""
+        places = [block for band in bands(region.box) for block in blocks(band)]
+        hashes, path = marker.get("sha256"), self._path(region.index, "scores")
+        size = path.stat().st_size if path.exists() else 0
+        classes, rest = divmod(size, 4 * math.prod(region.box.shape))
+        if not isinstance(hashes, list) or len(hashes) != len(places) or not classes or rest:
+            yield region.box, None
+            return
+        with path.open("rb") as file:
+            at = 0
+            for block, expected in zip(places, hashes, strict=True):
+                length = classes * math.prod(block.shape) * 4
+                if not block.intersect(box).empty:
+                    file.seek(at)
+                    data = file.read(length)
+                    yield block, data if _sha256(data) == expected else None
+                at += length
 
     def _path(self, index: int, suffix: str) -> Path:
         return self.folder / "regions" / f"{index:06d}.{suffix}"

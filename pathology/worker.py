@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
-from pathology.infer import infer_region
+from pathology.infer import Tile, infer_region
 from pathology.job import Job, key_difference, key_of
 from pathology.model import Model, ModelSpec
 from pathology.models import load_model, load_spec
@@ -38,7 +39,6 @@ from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
 
 KEPT_SLIDES = 4
-CACHE_SHARE = 4  # of a job's memory, for decoded tiles: 1 / 4
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -144,7 +144,7 @@ def prepare(job: Job) -> Prepared:
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
-    todo = work.todo(plan)
+    todo = work.todo(plan, whole=job.on_bad_tile == "fail")
     emit(
         Path(job.out),
         "slide-begin",
@@ -162,12 +162,27 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     emit(Path(job.out), "region-start", what)
     began = time.perf_counter()
     pool = None if in_order else _pool(job.readers)
-    with closed_at_end(_predict(job, in_order)) as predict:
-        scores = infer_region(slide, spec, plan, region, predict, pool)
-    counts = {"tiles": len(region.tiles), "seconds": round(time.perf_counter() - began, 6)}
-    work.put(region, scores, counts, _environment(job.device, job.threads))
+    bad_tiles: list[Tile] = []
+    on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
+    # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
+    with (
+        closed_at_end(_predict(job, in_order)) as predict,
+        closing(infer_region(slide, spec, plan, region, predict, on_bad, pool)) as rows,
+    ):
+        hashes = work.stage(region, rows)
+    seconds = round(time.perf_counter() - began, 6)
+    counts = {"tiles": len(region.tiles), "bad_tiles": len(bad_tiles), "seconds": seconds}
+    work.mark(region, hashes, counts, _environment(job.device, job.threads), bad_tiles)
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
+
+
+def _refuse_bad(tile: Tile) -> None:
+    raise SlideError(
+        Reason.CORRUPT_TILES,
+        f"tile (row {tile[0]}, column {tile[1]}) cannot be decoded; copy the file again from its source, "
+        "or leave such tiles out with --on-bad-tile mask",
+    )
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
@@ -185,7 +200,7 @@ def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Pla
     """Tissue and plan of a job, as any run of it would make them."""
     tissue = find_tissue(slide, job.tissue)
     grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
-    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block)
+    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
 
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
@@ -227,7 +242,7 @@ def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, An
     sizes |= {job.slide_folder / name: entry["bytes"] for name, entry in manifest["slide_files"].items()}
     broken = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
     record = read_record(folder)
-    if not broken and record is not None:
+    if not broken and record is not None and not (record["status"] == "partial" and job.overwrite):
         return record
     if job.overwrite:
         return None

@@ -92,7 +92,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                 report.outcome(outcome, name)
                 failed += outcome.status in ("failed", "partial")
                 if conduct.max_failures is not None and failed > conduct.max_failures:
-                    report.line(f"stopped: {failed} slides failed, more than --max-failures {conduct.max_failures}")
+                    report.line(f"stopped: {failed} slides failed or partial, more than --max-failures {conduct.max_failures}")
                     break
         finally:
             report.close()
@@ -156,12 +156,16 @@ class _Report:
             }
             facts |= {"reason": outcome.reason or "", "message": outcome.message, "before": outcome.before}
             if record is not None:
-                facts |= {"tiles": record["tiles"], "tissue_mm2": record["tissue_mm2"], "seconds": record["seconds"]}
+                facts |= {"reason": record["reason"] or "", "message": record["message"]}
+                facts |= {name: record[name] for name in ("tiles", "bad_tiles", "tissue_mm2", "seconds")}
             self.line(json.dumps(facts))
         elif record is not None:
             before = "   done before" if outcome.before else ""
             tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2"
-            self.line(f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {record['seconds']:.1f} s{before}")
+            damage = f"   {record['reason']}: {record['message']}" if record["reason"] else ""
+            self.line(
+                f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {record['seconds']:.1f} s{damage}{before}"
+            )
         else:
             again = "   (failed before; --retry-failed tries again)" if outcome.before else ""
             self.line(f"failed    {job.slide_id}  {model_name}   {outcome.reason}: {outcome.message}{again}")
@@ -177,7 +181,8 @@ class _Report:
         if self._json:
             print(json.dumps({"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}))
             return
-        print(f"{self._ended - failed} of {self._jobs} done, {failed} failed, in {seconds:.1f} s: {out / 'summary.csv'}")
+        done = self._ended - failed
+        print(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
         print(NOTICE)
 
     def _describe(self) -> None:

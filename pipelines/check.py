@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathology.cores import core_count
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
+from pathology.memory import memory_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
-from pathology.plan import Plan, memory_bound
+from pathology.plan import Plan
 from pathology.readers import open_slide
 from pathology.slide import SlideInfo
 from pathology.worker import plan_slide

@@ -19,7 +19,7 @@ import click
 from pathology.errors import PathologyError
 
 EXIT_CODES = """\b
-Exit codes: 0 all well; 1 some slides failed; 2 usage or model; 3 output, disk or device; 75 interrupted, run the same again."""
+Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -137,10 +137,17 @@ def job_options(command: Command) -> Command:
 )
 @click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
 @click.option("--export", "exports", multiple=True, type=click.Choice(["csv", "qupath", "png"]), help="Write these as well.")
-@click.option("--overwrite", is_flag=True, help="Replace results made with other parameters or from other files.")
+@click.option(
+    "--on-bad-tile",
+    type=click.Choice(["mask", "fail"]),
+    default="mask",
+    show_default=True,
+    help="A tile that cannot be decoded: mask leaves it NaN, lists it, and calls the slide partial; fail fails the slide.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace results that are partial, or made with other parameters or files.")
 @click.option("--retry-failed", is_flag=True, help="Try slides again that failed before.")
-@click.option("--max-failures", type=int, help="Stop after more than N failed slides.")
-@click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed slides.")
+@click.option("--max-failures", type=int, help="Stop after more than N failed or partial slides.")
+@click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed or partial slides.")
 @click.option("--strict", is_flag=True, help="Refuse a slide whose regions were computed in different environments.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @one_line_errors

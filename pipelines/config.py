@@ -31,6 +31,7 @@ class Settings:
     threads: int | None = None
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool = False
+    on_bad_tile: Literal["mask", "fail"] = "mask"
     overwrite: bool = False
     strict: bool = False
 
@@ -79,6 +80,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             memory=settings.memory or default_memory(memory_limit_bytes()),
             precision=precisions[model],
             compile=settings.compile,
+            on_bad_tile=settings.on_bad_tile,
             overwrite=settings.overwrite,
             strict=settings.strict,
             columns=slide.columns,

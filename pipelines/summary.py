@@ -19,7 +19,7 @@ from pathology.runner import Outcome
 
 SCHEMA = 1
 FAILED = "failed.json"
-FIRST_COLUMNS = ("slide", "id", "model", "status", "reason", "message", "tiles", "tissue_mm2")
+FIRST_COLUMNS = ("slide", "id", "model", "status", "reason", "message", "tiles", "bad_tiles", "tissue_mm2")
 
 
 def write_failure(outcome: Outcome, model_name: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +19,14 @@ from numpy.typing import NDArray
 from pathology.batches import ReadPool, read_tiles, tiles_ahead
 from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
+from pathology.infer import Tile, infer_region
+from pathology.memory import memory_bound
 from pathology.model import ModelSpec
 from pathology.plan import Plan
-from pathology.predictor import Predictor
+from pathology.predictor import Predictor, predict_in_order
 from pathology.stitch import Blend
 from pathology.testing import array_slide, constant, identity, mean_colour
+from pathology.work import Work
 from tests.slides import noise_pixels
 from tests.whole import heatmap, plan_for
 
@@ -76,7 +82,7 @@ def test_constant_in_constant_out_and_nan_only_where_nothing_was_predicted(
     st.sampled_from([0.35, 0.499, 0.5, 0.65, 1.0, 1.185]),
     st.sampled_from(["dense", "classifier"]),
     st.integers(2, 12),
-    st.integers(1, 9),
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
     CHOSEN,
 )
 def test_however_it_is_cut_and_batched_the_heatmap_is_the_same_to_the_bit(
@@ -85,13 +91,14 @@ def test_however_it_is_cut_and_batched_the_heatmap_is_the_same_to_the_bit(
     blend: Blend,
     mpp: float,
     kind: str,
-    block: int,
     batch_size: int,
+    block: tuple[int, int],
     chosen: list[bool],
 ) -> None:
     slide = array_slide(noise_pixels(*shape), downsamples=(1, 2) if min(shape) > 1 else (1,))
     model = (identity if kind == "dense" else mean_colour)(tile_px=tiles[0], mpp=mpp)
-    one, many = (plan_for(slide, model.spec, tiles[1], block=b, blend=blend, chosen=chosen) for b in (10**6, block))
+    cuts: list[int | tuple[int, int]] = [10**6, block]
+    one, many = (plan_for(slide, model.spec, tiles[1], block=b, blend=blend, chosen=chosen) for b in cuts)
     assert len(one.regions) <= 1
     reference = heatmap(slide, model, one, batch_size=1)
     assert heatmap(slide, model, many, batch_size).tobytes() == reference.tobytes()
@@ -163,6 +170,85 @@ def test_a_score_that_is_no_number_is_refused_with_its_place(value: float) -> No
     assert caught.value.reason is Reason.BAD_SCORES
 
 
+@settings(max_examples=30)
+@given(
+    tiles_and_strides(),
+    BLENDS,
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from(["dense", "classifier"]),
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 109)), min_size=1, max_size=4),
+)
+def test_tiles_that_cannot_be_decoded_leave_the_rest_as_if_they_were_not_chosen(
+    tiles: tuple[int, int], blend: Blend, mpp: float, kind: str, block: tuple[int, int], damage: list[tuple[int, int]]
+) -> None:
+    pixels = noise_pixels(100, 110)
+    whole, damaged = array_slide(pixels), array_slide(pixels, bad=[(0, Box(y, x, 1, 1)) for y, x in damage])
+    model = (identity if kind == "dense" else mean_colour)(tile_px=tiles[0], mpp=mpp)
+    plan = plan_for(damaged, model.spec, tiles[1], block=block, blend=blend)
+    found: set[Tile] = set()
+    scores = heatmap(damaged, model, plan, batch_size=3, bad_tiles=found)
+    readable = [t is not None for t in read_tiles(damaged, model.spec, plan.grid, plan.tiles, None)]
+    assert found == {(row, col) for (row, col), good in zip(plan.tiles.tolist(), readable, strict=True) if not good}
+    assert found
+    rest = plan_for(whole, model.spec, tiles[1], block=10**6, blend=blend, chosen=readable)
+    assert scores.tobytes() == heatmap(whole, model, rest).tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tiles_taken_ahead_keep_their_places_where_some_cannot_be_decoded(threads: int) -> None:
+    pixels = noise_pixels(150, 170)
+    damaged = array_slide(pixels, bad=[(0, Box(70, 0, 1, 90)), (0, Box(10, 120, 1, 1)), (0, Box(149, 169, 1, 1))])
+    model = mean_colour(tile_px=24)
+    plan = plan_for(damaged, model.spec, 10, block=(5, 7))
+    found: list[set[Tile]] = [set(), set()]
+    reference = heatmap(damaged, model, plan, bad_tiles=found[0])
+    predictor = Predictor(model, 5)
+    try:
+        with closing(ReadPool(threads)) as pool:
+            again = heatmap(damaged, model, plan, predict=predictor.predict, pool=pool, bad_tiles=found[1])
+    finally:
+        predictor.close()
+    assert again.tobytes() == reference.tobytes()
+    assert found[0] == found[1]
+    assert np.count_nonzero(np.isnan(reference[0])) == len(found[0]) > 10
+
+
+def test_a_region_without_a_readable_tile_asks_the_model_nothing() -> None:
+    slide = array_slide(noise_pixels(64, 64), bad=[(0, Box(0, 0, 64, 64))])
+    model = identity(tile_px=16)
+    plan = plan_for(slide, model.spec, 8, block=100)
+    found: set[Tile] = set()
+
+    def predict(tiles: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        assert list(tiles) == []
+        yield from ()
+
+    assert np.isnan(heatmap(slide, model, plan, predict=predict, bad_tiles=found)).all()
+    assert len(found) == len(plan.tiles)
+
+
+def test_an_unanswered_tile_is_no_hole_in_the_heatmap() -> None:
+    slide, model = array_slide(noise_pixels(64, 64)), identity(tile_px=16)
+
+    def forgetful(tiles: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        yield from predict_in_order(model, 4, list(tiles)[:-1])
+
+    with pytest.raises(RuntimeError, match="left 1 tiles unanswered"):
+        heatmap(slide, model, plan_for(slide, model.spec, 16, block=100), predict=forgetful)
+
+
+def test_a_read_that_fails_otherwise_fails_the_region() -> None:
+    slide, model = array_slide(noise_pixels(64, 64)), identity(tile_px=16)
+
+    def fail(level: int, box: Box) -> None:
+        raise SlideError(Reason.READ_ERROR, "the file is gone")
+
+    slide._reader.read = fail  # type: ignore[assignment, method-assign]
+    with pytest.raises(SlideError, match="the file is gone"):
+        heatmap(slide, model, plan_for(slide, model.spec, 16, block=100))
+
+
 class AtOnce(Executor):
     """Runs what is submitted there and then."""
 
@@ -207,3 +293,28 @@ def test_a_region_that_is_dropped_reads_no_further() -> None:
     next(tiles)
     tiles.close()  # type: ignore[attr-defined]
     assert len(slide._reader.reads) <= tiles_ahead(8, 1)  # type: ignore[attr-defined]
+
+
+def test_a_regions_memory_follows_its_width_and_stays_within_the_bound(tmp_path: Path) -> None:
+    model = constant(tile_px=256, output_px=256)
+
+    def peak_and_bound(height: int) -> tuple[int, int]:
+        slide = array_slide(np.zeros((height, 1500, 3), np.uint8))
+        plan = plan_for(slide, model.spec, 128, block=1000)
+        work = Work(tmp_path / str(height), {})
+        plan = work.begin(plan, overwrite=False)
+        (region,) = plan.regions
+        tracemalloc.start()
+        try:
+            with closing(infer_region(slide, model.spec, plan, region, partial(predict_in_order, model, 2), print)) as rows:
+                work.stage(region, rows)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        return peak, memory_bound(plan, model.spec, batch_size=2, readers=1, regions=1)
+
+    (low, low_bound), (high, high_bound) = peak_and_bound(1024), peak_and_bound(4096)
+    assert low_bound == high_bound
+    assert 0.5 * low_bound < low <= low_bound
+    assert high <= high_bound
+    assert abs(high - low) < 0.02 * low

@@ -56,6 +56,7 @@ ORDER = [
     "pathology.threads",
     "pathology.predictor",
     "pathology.batches",
+    "pathology.memory",
     "pathology.infer",
     "pathology.work",
     "pathology.export.colormap",

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pathology.errors import UsageError
 from pathology.geometry import Box
 from pathology.grid import TileGrid
-from pathology.plan import CANVAS_BYTES, CLASSIFIER_BLOCK, Plan, canvas_bytes, canvas_pixel_bytes, cut, make_plan, memory_bound
+from pathology.memory import memory_bound
+from pathology.plan import BLOCK, CANVAS_SHARE, MEMORY_BYTES, Plan, choose_block, cut, make_plan
+from pathology.stitch import canvas_bytes
 from pathology.testing import constant, identity
 from pathology.tissue import TissueMask
 from tests.whole import all_tiles
@@ -34,7 +36,8 @@ def plans(draw: st.DrawFn) -> Plan:
     tiles = tiles[chosen]
     coverage = np.linspace(0.1, 1, len(tiles), dtype=np.float32)
     blend = draw(st.sampled_from(["hann", "constant"]))
-    return cut(grid, output, blend, draw(st.integers(1, 20)), tiles, coverage, draw(st.floats(0, 1e3)))
+    block = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    return cut(grid, output, blend, block, tiles, coverage, draw(st.floats(0, 1e3)))
 
 
 def answer(plan: Plan, tile: np.ndarray) -> Box:
@@ -66,9 +69,9 @@ def test_a_region_lists_exactly_the_tiles_that_touch_it(plan: Plan) -> None:
 
 @given(plans())
 def test_regions_lie_on_multiples_of_the_block(plan: Plan) -> None:
-    side = plan.block * plan.h_stride
+    height, width = (strides * plan.h_stride for strides in plan.block)
     corners = [(region.box.y, region.box.x) for region in plan.regions]
-    assert all(y % side == 0 and x % side == 0 for y, x in corners)
+    assert all(y % height == 0 and x % width == 0 for y, x in corners)
     assert corners == sorted(corners)
 
 
@@ -88,9 +91,9 @@ def test_plan_to_json_and_back_is_the_same_plan(plan: Plan) -> None:
 
 def test_a_plan_of_another_schema_is_refused() -> None:
     grid = TileGrid((64, 64), 0.5, 0.5, 32, 32)
-    text = cut(grid, 1, "hann", 4, all_tiles(grid), np.ones(4, np.float32), 0.0).to_json()
-    with pytest.raises(UsageError, match="plan has schema 2, this version reads 1"):
-        Plan.from_json(json.dumps({**json.loads(text), "schema": 2}))
+    text = cut(grid, 1, "hann", (4, 4), all_tiles(grid), np.ones(4, np.float32), 0.0).to_json()
+    with pytest.raises(UsageError, match="plan has schema 1, this version reads 2"):
+        Plan.from_json(json.dumps({**json.loads(text), "schema": 1}))
 
 
 def test_tiles_are_chosen_by_tissue() -> None:
@@ -133,7 +136,7 @@ def test_a_region_of_no_strides_is_refused() -> None:
 def test_tiles_on_a_border_count_once_for_each_side() -> None:
     # One row of four tiles of 8 px every 4 px; regions of two strides. Tiles 1 and 3 straddle the ends of regions.
     grid = TileGrid((8, 20), 0.5, 0.5, 8, 4)
-    plan = cut(grid, 8, "hann", 2, all_tiles(grid), np.ones(4, np.float32), 0.0)
+    plan = cut(grid, 8, "hann", (2, 2), all_tiles(grid), np.ones(4, np.float32), 0.0)
     assert [(r.box, r.tiles[:, 1].tolist()) for r in plan.regions] == [
         (Box(0, 0, 8, 8), [0, 1]),
         (Box(0, 8, 8, 8), [1, 2, 3]),
@@ -143,13 +146,45 @@ def test_tiles_on_a_border_count_once_for_each_side() -> None:
     assert plan.recompute_share == 0.5
 
 
-def test_default_regions_fit_the_canvas() -> None:
-    tissue = TissueMask(np.ones((10, 10), bool), (10_000.0, 10_000.0), 0.5, (100_000, 100_000))
-    grid = TileGrid((100_000, 100_000), 0.5, 0.5, 1000, 500)
-    dense = identity(tile_px=1000).spec
-    plan = make_plan(grid, dense, tissue, min_tissue=0.1)
-    assert CANVAS_BYTES / 2 < canvas_bytes(plan, 3) <= CANVAS_BYTES
-    many = replace(dense, classes=tuple("abcdefghijkl"), threshold=(), colors=())
-    assert canvas_bytes(make_plan(grid, many, tissue, min_tissue=0.1), 12) <= CANVAS_BYTES
-    assert make_plan(grid, constant(tile_px=1000).spec, tissue, min_tissue=0.1).block == CLASSIFIER_BLOCK
-    assert canvas_pixel_bytes(3) == 3 * 12 + 9
+@pytest.mark.parametrize("tile_px", [512, 1024])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_at_half_overlap_few_tiles_are_computed_twice(tile_px: int, classes: int) -> None:
+    """Forward passes of default plans, on a slide full of tissue and on a ragged piece of it."""
+    rng = np.random.default_rng(classes)
+    side_px = 120 * tile_px
+    coarse = rng.random((30, 30)) < 0.5
+    spec = replace(identity(tile_px=tile_px).spec, classes=tuple("abcd"[:classes]), threshold=(), colors=())
+    grid = TileGrid((side_px, side_px), 0.5, 0.5, tile_px, tile_px // 2)
+    for mask in (np.ones((1, 1), bool), coarse):
+        tissue = TissueMask(mask, (side_px / len(mask),) * 2, 0.5, (side_px, side_px))
+        plan = make_plan(grid, spec, tissue, min_tissue=0.1)
+        assert len(plan.tiles) > 20_000
+        assert plan.forward_passes <= 1.1 * len(plan.tiles)
+        assert (1 + 1 / plan.block[0]) * (1 + 1 / plan.block[1]) <= 1.1, "wherever the slide's edges lie"
+        assert max(len(region.tiles) for region in plan.regions) <= 1200, "too much hangs on one retry"
+        assert memory_bound(plan, spec, batch_size=1, readers=1) <= MEMORY_BYTES
+
+
+@pytest.mark.parametrize("classes", [1, 4, 40])
+@pytest.mark.parametrize("stride_px", [64, 128, 256, 512])
+def test_a_regions_canvas_takes_its_share_of_memory_and_no_more(classes: int, stride_px: int) -> None:
+    spec = replace(
+        constant(tile_px=512, output_px=512).spec, classes=tuple(str(c) for c in range(classes)), threshold=(), colors=()
+    )
+    grid = TileGrid((200_000, 200_000), 0.5, 0.5, 512, stride_px)
+    before = 0
+    for memory in (2**28, 2**30, 2**34):
+        rows, cols = choose_block(grid, spec, memory)
+        assert cols == 1 or canvas_bytes(classes, 512, stride_px, cols * stride_px) <= memory * CANVAS_SHARE
+        assert before <= cols <= rows
+        before = cols
+    assert rows == cols == {64: 64, 128: 64, 256: 32, 512: 32}[stride_px]
+
+
+def test_a_narrow_slide_has_tall_regions() -> None:
+    spec = constant(tile_px=64, output_px=64).spec
+    assert choose_block(TileGrid((100_000, 200), 0.5, 0.5, 64, 32), spec, MEMORY_BYTES) == (146, 7)
+
+
+def test_a_classifiers_regions_are_square_whatever_the_memory() -> None:
+    assert choose_block(TileGrid((100_000, 200), 0.5, 0.5, 64, 8), constant(tile_px=64).spec, 1) == (BLOCK, BLOCK)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from pathology.errors import UsageError
 from pathology.geometry import Box
-from pathology.plan import canvas_pixel_bytes
-from pathology.stitch import Blend, Canvas, blend_window
+from pathology.stitch import Blend, Canvas, bands, blend_window, canvas_bytes
 
 NAN = np.nan
 BLENDS = st.sampled_from(["hann", "constant"])
@@ -47,8 +46,14 @@ def test_an_unknown_blend_is_refused() -> None:
         blend_window(4, "cosine")  # type: ignore[arg-type]
 
 
+def rolled(canvas: Canvas, box: Box) -> np.ndarray:
+    """(C, H, W) of all bands that are left."""
+    return np.concatenate(list(canvas.final(box.y1)), axis=1)
+
+
 def test_canvas_of_plain_means_by_hand() -> None:
-    canvas = Canvas(Box(10, 20, 4, 4), 1, blend_window(2, "constant"))
+    box = Box(10, 20, 4, 4)
+    canvas = Canvas(box, 1, blend_window(2, "constant"))
     canvas.add(np.full((1, 2, 2), 1, np.float32), 10, 20)
     canvas.add(np.full((1, 2, 2), 4, np.float32), 11, 21)
     canvas.add(np.full((1, 2, 2), 7, np.float32), 11, 21)
@@ -60,37 +65,83 @@ def test_canvas_of_plain_means_by_hand() -> None:
         [NAN, 5.5, 5.5, NAN],
         [NAN, NAN, NAN, 9],
     ]
-    np.testing.assert_array_equal(canvas.mean(), np.array([expected], np.float32))
+    np.testing.assert_array_equal(rolled(canvas, box), np.array([expected], np.float32))
 
 
 def test_canvas_weighs_by_the_window() -> None:
-    canvas = Canvas(Box(0, 0, 1, 6), 2, blend_window(4, "hann"))
+    box = Box(0, 0, 1, 6)
+    canvas = Canvas(box, 2, blend_window(4, "hann"))
     canvas.add(np.stack([np.zeros((4, 4)), np.full((4, 4), 2)]).astype(np.float32), -1, 0)
     canvas.add(np.stack([np.ones((4, 4)), np.full((4, 4), 2)]).astype(np.float32), -1, 2)
     a, b = (2 - np.sqrt(2)) / 4, (2 + np.sqrt(2)) / 4
-    np.testing.assert_allclose(canvas.mean()[0, 0], [0, 0, a / (a + b), b / (a + b), 1, 1], rtol=1e-6)
-    assert canvas.mean()[1].tolist() == [[2.0] * 6]
+    mean = rolled(canvas, box)
+    np.testing.assert_allclose(mean[0, 0], [0, 0, a / (a + b), b / (a + b), 1, 1], rtol=1e-6)
+    assert mean[1].tolist() == [[2.0] * 6]
 
 
 def test_a_tile_larger_than_the_box_gives_its_middle() -> None:
-    canvas = Canvas(Box(1, 2, 2, 1), 1, blend_window(4, "hann"))
+    box = Box(1, 2, 2, 1)
+    canvas = Canvas(box, 1, blend_window(4, "hann"))
     canvas.add(np.arange(16, dtype=np.float32).reshape(1, 4, 4), 0, 0)
-    assert canvas.mean().tolist() == [[[6.0], [10.0]]]
+    assert rolled(canvas, box).tolist() == [[[6.0], [10.0]]]
+
+
+def test_bands_end_at_multiples_of_their_height() -> None:
+    assert list(bands(Box(60, 7, 200, 5))) == [
+        Box(60, 7, 4, 5),
+        Box(64, 7, 64, 5),
+        Box(128, 7, 64, 5),
+        Box(192, 7, 64, 5),
+        Box(256, 7, 4, 5),
+    ]
+    assert list(bands(Box(64, 0, 64, 3))) == [Box(64, 0, 64, 3)]
+    assert list(bands(Box(65, 0, 2, 3))) == [Box(65, 0, 2, 3)]
+
+
+PLACES = st.lists(st.tuples(st.integers(-40, 230), st.integers(-40, 60)), max_size=20).map(sorted)
+
+
+@given(st.integers(1, 90), BLENDS, PLACES, st.integers(0, 200))
+def test_a_canvas_that_rolls_is_one_that_does_not(side: int, blend: Blend, places: list[tuple[int, int]], top: int) -> None:
+    box = Box(top, 0, 200, 40)
+    rng = np.random.default_rng(side)
+    canvas, still = Canvas(box, 2, blend_window(side, blend)), Canvas(box, 2, blend_window(side, blend))
+    rows: list[np.ndarray] = []
+    for y, x in places:
+        scores = rng.random((2, side, side), np.float32)
+        rows += canvas.final(y)
+        assert sum(band.shape[1] for band in rows) <= max(0, y - top), "a row was handed out before it was final"
+        canvas.add(scores, y, x)
+        still.add(scores, y, x)
+    rows += canvas.final(box.y1)
+    assert np.concatenate(rows, axis=1).tobytes() == rolled(still, box).tobytes()
+    assert [len(band[0]) for band in rows] == [band.height for band in bands(box)]
+
+
+def test_a_tile_above_final_rows_is_refused() -> None:
+    canvas = Canvas(Box(0, 0, 100, 10), 1, blend_window(8, "hann"))
+    canvas.add(np.ones((1, 8, 8), np.float32), -7, 0)
+    list(canvas.final(20))
+    canvas.add(np.ones((1, 8, 8), np.float32), 20, 5)
+    with pytest.raises(ValueError, match=r"tile at heatmap row 19 .* row-major order"):
+        canvas.add(np.ones((1, 8, 8), np.float32), 19, 0)
 
 
 @given(
     st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False),
     st.integers(1, 40),
     BLENDS,
-    st.lists(st.tuples(st.integers(-40, 60), st.integers(-40, 60)), max_size=20),
+    PLACES,
 )
 def test_constant_in_constant_out_to_the_bit(value: float, side: int, blend: Blend, places: list[tuple[int, int]]) -> None:
-    box = Box(0, 0, 50, 40)
+    box = Box(0, 0, 150, 40)
     canvas, touched = Canvas(box, 1, blend_window(side, blend)), np.zeros(box.shape, bool)
+    rows: list[np.ndarray] = []
     for y, x in places:
+        rows += canvas.final(min(y, box.y1))
         canvas.add(np.full((1, side, side), value, np.float32), y, x)
         touched[Box(y, x, side, side).intersect(box).slices()] = True
-    mean = canvas.mean()[0]
+    mean = np.concatenate([*rows, *canvas.final(box.y1)], axis=1)[0]
     assert (mean[touched] == np.float32(value)).all()
     assert np.isnan(mean[~touched]).all()
 
@@ -98,23 +149,35 @@ def test_constant_in_constant_out_to_the_bit(value: float, side: int, blend: Ble
 def test_zero_is_a_score() -> None:
     canvas = Canvas(Box(0, 0, 1, 2), 1, blend_window(1, "constant"))
     canvas.add(np.zeros((1, 1, 1), np.float32), 0, 0)
-    np.testing.assert_array_equal(canvas.mean(), [[[0.0, NAN]]])
+    np.testing.assert_array_equal(next(canvas.final(1)), [[[0.0, NAN]]])
 
 
-def test_nan_is_one_pattern_of_bits() -> None:
+@pytest.mark.parametrize("touched", [False, True])
+def test_nan_is_one_pattern_of_bits(touched: bool) -> None:
     # 0/0 is NaN with another sign; stores filled with both would differ by how they were cut.
-    assert (
-        Canvas(Box(0, 0, 3, 5), 2, blend_window(1, "hann")).mean().tobytes() == np.full((2, 3, 5), np.nan, np.float32).tobytes()
-    )
+    canvas = Canvas(Box(0, 0, 3, 5), 2, blend_window(1, "hann"))
+    if touched:
+        canvas.add(np.ones((2, 1, 1), np.float32), 0, 0)
+    (mean,) = canvas.final(3)
+    nan = np.full((2, 3, 5), np.nan, np.float32)
+    assert mean[:, 1:].tobytes() == nan[:, 1:].tobytes()
+    assert mean.tobytes() == nan.tobytes() or touched
 
 
-def test_a_canvas_takes_the_memory_that_plans_count_with() -> None:
-    side, classes = 512, 3
+@pytest.mark.parametrize(("side", "stride", "classes"), [(512, 256, 1), (512, 256, 4), (200, 50, 2), (200, 33, 2)])
+def test_a_canvas_takes_the_memory_that_plans_count_with(side: int, stride: int, classes: int) -> None:
+    width = 4 * side
+    box = Box(0, 0, max(5 * side, 2400), width)
+    window, scores = blend_window(side, "hann"), np.ones((classes, side, side), np.float32)
     tracemalloc.start()
     try:
-        canvas = Canvas(Box(0, 0, side, side), classes, blend_window(8, "hann"))
-        canvas.mean()
+        canvas = Canvas(box, classes, window)
+        for y in range(0, box.height, stride):
+            sum(1 for _ in canvas.final(y))
+            for x in range(0, width, stride):
+                canvas.add(scores, y, x)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak <= side * side * canvas_pixel_bytes(classes) + 2**19
+    bound = canvas_bytes(classes, side, stride, width)
+    assert 0.85 * bound <= peak <= bound + 2**16

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pathology.batches import ReadPool
 from pathology.grid import TileGrid
-from pathology.infer import infer_region
+from pathology.infer import Tile, infer_region
 from pathology.model import Model, ModelSpec
 from pathology.plan import Plan, cut
 from pathology.predictor import Predict, predict_in_order
@@ -28,24 +28,33 @@ def plan_for(
     spec: ModelSpec,
     stride_px: int,
     *,
-    block: int,
+    block: int | tuple[int, int],
     blend: Blend = "hann",
     chosen: Sequence[bool] | None = None,
 ) -> Plan:
-    """A plan of all tiles, or of those for which `chosen`, repeated as often as needed, is True."""
+    """A plan of all tiles, or of those for which `chosen`, repeated as often as needed, is True; `block`: one side or two."""
     grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, stride_px)
     tiles = all_tiles(grid)
     if chosen is not None:
         tiles = tiles[np.resize(np.array(chosen, bool), len(tiles))]
-    return cut(grid, spec.output_px, blend, block, tiles, np.ones(len(tiles), np.float32), 0.0)
+    shape = (block, block) if isinstance(block, int) else block
+    return cut(grid, spec.output_px, blend, shape, tiles, np.ones(len(tiles), np.float32), 0.0)
 
 
 def heatmap(
-    slide: Slide, model: Model, plan: Plan, batch_size: int = 4, predict: Predict | None = None, pool: ReadPool | None = None
+    slide: Slide,
+    model: Model,
+    plan: Plan,
+    batch_size: int = 4,
+    predict: Predict | None = None,
+    pool: ReadPool | None = None,
+    bad_tiles: set[Tile] | None = None,
 ) -> NDArray[np.float32]:
-    """(C, H, W) float32 of all regions put in their places; NaN where there is no region."""
+    """(C, H, W) float32 of all regions put in their places; NaN where there is no region. `bad_tiles`: takes those."""
+    bad_tiles = set() if bad_tiles is None else bad_tiles
     whole = np.full((len(model.spec.classes), *plan.frame.shape), np.nan, np.float32)
     predict = predict or partial(predict_in_order, model, batch_size)
     for region in plan.regions:
-        whole[:, *region.box.slices()] = infer_region(slide, model.spec, plan, region, predict, pool)
+        rows = infer_region(slide, model.spec, plan, region, predict, bad_tiles.add, pool)
+        whole[:, *region.box.slices()] = np.concatenate(list(rows), axis=1)
     return whole
