@@ -15,13 +15,16 @@ import psutil
 import pytest
 
 import pathology
+from pathology import worker
 from pathology.errors import EnvironmentFault, ModelError, Reason, UsageError
 from pathology.finish import read_manifest
 from pathology.integrity import verify
+from pathology.plan import Region
 from pathology.result import open_heatmap
 from pathology.runner import Interrupted, Progress, run
 from pathology.schedule import open_tasks
 from pathology.store import STORE_NAME
+from pathology.work import Work
 from tests.crashing import POISON
 from tests.slides import noise_pixels, write_tiff
 
@@ -123,6 +126,28 @@ def test_a_stopped_run_goes_on_where_it_stopped(reference: Path, reference_job: 
     assert outcome.status == "ok"
     assert [p.event for p in left].count("region") == 7
     assert read_manifest(job.result_folder("identity")) == read_manifest(reference)
+
+
+def test_a_region_that_cannot_be_written_keeps_no_other_waiting(
+    reference_job: pathology.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(reference_job, out=str(tmp_path), block=10)
+    left = worker.prepare(job).todo
+
+    def full(work: Work, region: Region, rows: Iterator[np.ndarray]) -> list[str]:
+        next(rows)
+        raise EnvironmentFault("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "stage", full)
+        with pytest.raises(EnvironmentFault, match="no room") as kept:
+            worker.run_region(job, left[0])
+    others = threading.Thread(target=lambda: [worker.run_region(job, index) for index in left], daemon=True)
+    others.start()
+    others.join(60)
+    assert not others.is_alive(), "tiles of the failed region are waited for"
+    assert worker.prepare(job).todo == ()
+    assert kept.traceback  # which holds the frames of the failed region, as a scheduler does
 
 
 def test_another_parameter_is_refused_with_the_difference(reference: Path, reference_job: pathology.Job) -> None:
