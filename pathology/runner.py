@@ -23,6 +23,8 @@ from pathology.schedule import Done, Tasks, open_tasks
 SLIDES_AHEAD = 2
 # Slides of which the first that opens is read from to measure how quick reading is.
 SLIDES_TRIED = 4
+# Token of the task that looks at the first slide while the model is loaded.
+LOOK = "look"
 # After a stop, this long for tasks that run to end by themselves.
 DRAIN_S = 8.0
 
@@ -116,6 +118,7 @@ class _Window:
         self._progress = progress
         self._stop = stop
         self._running: set[_Task] = set()
+        self._looking = False  # a first look at a slide is under way
         self._next = 0  # the first job not yet being prepared
         self._active: deque[int] = deque()  # jobs with regions to hand out, in order
         self._first: deque[_Task] = deque()  # ends of slides, before anything else
@@ -136,12 +139,16 @@ class _Window:
                 done = self._tasks.done.get(timeout=0.2)
             except queue.Empty:
                 continue
-            outcome = self._handle(done)
+            outcome = self._handle(done) if done.token != LOOK else None
             if outcome is not None:
                 yield outcome
 
     def _check_models(self) -> None:
         shared: dict[tuple[object, ...], list[_State]] = {}
+        if self._states and not self._tasks.in_order:
+            # While a worker loads torch for the first model, another of its threads can look at the first slide.
+            self._looking = True
+            self._tasks.submit(LOOK, worker.look, self._states[0].job)
         for state in self._states:
             shared.setdefault(worker.model_of(state.job), []).append(state)
         for states in shared.values():
@@ -162,14 +169,23 @@ class _Window:
                 raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
 
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
-        """Run `function` as a task while nothing else runs, and wait for its end."""
+        """Run `function` as a task while nothing else runs but a first look, and wait for its end."""
         self._tasks.submit(None, function, *arguments)
+        beside = self._looking
         while True:
             try:
-                return self._tasks.done.get(timeout=0.2)
+                done = self._tasks.done.get(timeout=0.2)
             except queue.Empty:
                 if self._stop.is_set():
                     raise Interrupted("the run was stopped before it began") from None
+                continue
+            if done.token == LOOK:
+                self._looking = False
+            elif done.died and beside:  # perhaps the slide's doing: once more, without it
+                beside = False
+                self._tasks.submit(None, function, *arguments)
+            else:
+                return done
 
     def _choose(self, room: int) -> _Task | None:
         """The next task to submit, None for none now."""
@@ -263,8 +279,8 @@ class _Window:
                 done = self._tasks.done.get(timeout=left)
             except queue.Empty:
                 return
-            assert isinstance(done.token, _Task)
-            self._running.discard(done.token)
+            if isinstance(done.token, _Task):
+                self._running.discard(done.token)
 
 
 def _line(error: BaseException) -> str:

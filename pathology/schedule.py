@@ -6,10 +6,14 @@ Promise: whatever runs a task, its end arrives on one queue, once, as a `Done`. 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import queue
+import signal
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, Protocol
 
 from pathology.errors import EnvironmentFault, UsageError
@@ -73,12 +77,13 @@ class OnDask:
     in_order = False
 
     def __init__(self, client: Any, own_cluster: Any = None) -> None:
-        from distributed import KilledWorker
+        from distributed import KilledWorker, Nanny
 
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._client = client
         self._cluster = own_cluster
         self._killed: type[BaseException] = KilledWorker
+        self._nanny: type[Any] = Nanny
         self._futures: dict[object, Any] = {}
 
     def submit(self, token: object, function: Callable[..., Any], *arguments: Any) -> None:
@@ -106,6 +111,13 @@ class OnDask:
         return max(1, sum(threads.values()))
 
     def close(self) -> None:
+        if self._cluster is not None:
+            # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
+            for worker in self._cluster.workers.values():
+                if isinstance(worker, self._nanny):
+                    worker.auto_restart = False
+                    if worker.pid is not None:
+                        os.kill(worker.pid, signal.SIGKILL)
         self._client.close(timeout=2)
         if self._cluster is not None:
             self._cluster.close(timeout=5)
@@ -134,21 +146,51 @@ def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -
     return _local(scheduler == "processes", devices, dashboard)
 
 
+# What worker processes begin with. Torch alone has threads of its own, by `set_threads`. Freed memory is kept: given back to
+# the kernel at every tile, as Dask would have it, it comes back as pages to be cleared again.
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+    "DASK_LOGGING__DISTRIBUTED": "critical",
+}
+
+
+# Not torch: it takes as long to load as all the rest, time in which the first worker can look at the first slide.
+WORKER_MODULES = ["distributed.nanny", "pathology.worker", "pathology.readers.direct", "pathology.readers.openslide_reader"]
+
+
+def prestart() -> None:
+    """Begin to load what worker processes need, in the process that they are forked from, while this one goes on.
+
+    Without this call the first `open_tasks` makes it.
+    """
+    multiprocessing.set_forkserver_preload(WORKER_MODULES)
+    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+    os.environ.update(WORKER_ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
 def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
     """A cluster of this run's own: a process per device, or threads of this process. Listens on loopback at most."""
     import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
     dask.config.set(
         {
             # One death must not count against the tasks that shared the worker: `run` repeats each of them alone.
             "distributed.scheduler.allowed-failures": 0,
-            "distributed.nanny.pre-spawn-environ": {
-                **dask.config.get("distributed.nanny.pre-spawn-environ"),
-                "DASK_LOGGING__DISTRIBUTED": "critical",
-            },
+            "distributed.worker.multiprocessing-method": "forkserver",
         }
     )
+    from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
+
+    if processes:
+        prestart()  # nothing, if it was done before
     place: dict[str, Any] = {"host": "127.0.0.1", "port": 0} if processes else {"protocol": "inproc://"}
     # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that
     # it is taken), and on the machine's outer address where its protocol is inproc.

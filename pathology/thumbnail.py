@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,16 @@ from pathology.slide import WHITE, Slide, SlideInfo
 BLOCK_PX = 2048
 # Where tiles are corrupt, blocks are halved until they are this small.
 LEAST_PX = 64
+
+# Every picture of a slide is made from one of this size, which is kept as long as the slide is open.
+LARGEST_PX = 1560
+_kept: WeakKeyDictionary[Slide, NDArray[np.uint8]] = WeakKeyDictionary()
+
+# Photographs hardly shrink further at higher levels, which take twice as long.
+PNG_LEVEL = 3
+
+# A thumbnail may be smaller than asked for by this factor.
+SMALLER = 1.5
 
 # Blocks are whole multiples of the reduction, so a larger one would make blocks larger; what is left is done by a resize.
 MAX_FACTOR = 256
@@ -80,11 +91,15 @@ def _readable(slide: Slide, level: int, box: Box, corrupt: list[Box]) -> tuple[N
 
 
 def thumbnail(slide: Slide, max_px: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: the whole slide, its longer side `max_px`, or its own size if smaller; white outside the scan."""
+    """(H, W, 3) uint8: the whole slide, its longer side at most `max_px`, or its own size if smaller; white outside the scan.
+
+    Up to a third smaller than `max_px` where that spares reading a level many times as large.
+    """
     info = slide.info
     scale = max(1.0, max(info.shape) / max_px)
-    level = level_for(info.level_downsamples, scale)
+    level = level_for(info.level_downsamples, scale * SMALLER)
     downsample = info.level_downsamples[level]
+    scale = max(scale, downsample)
     factor = min(max(1, int(scale / downsample)), MAX_FACTOR)
     pixels = np.full((*reduced_shape(info, level, factor), 3), WHITE, np.uint8)
     for box, rgb, _ in reduced_blocks(slide, level, factor):
@@ -96,18 +111,21 @@ def thumbnail(slide: Slide, max_px: int) -> NDArray[np.uint8]:
     y1, x1 = (side / (downsample * factor) for side in info.shape)
     missing = [(0, max(0, math.ceil(end) - n)) for end, n in zip((y1, x1), pixels.shape[:2], strict=True)]
     pixels = np.pad(pixels, [*missing, (0, 0)], mode="edge")
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, x1, y1)))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.HAMMING, box=(0, 0, x1, y1)))
 
 
 def picture(slide: Slide, min_px: int, max_px: int) -> Image.Image:
     """The whole slide as RGB for people: the longer side at most `max_px`, small slides enlarged to `min_px`."""
-    image = Image.fromarray(thumbnail(slide, max_px))
-    enlarge = min_px / max(image.size)
-    if enlarge > 1:
-        image = image.resize(
-            (max(1, round(image.width * enlarge)), max(1, round(image.height * enlarge))), Image.Resampling.BICUBIC
-        )
-    return image
+    kept = _kept.get(slide)
+    if kept is None:
+        kept = _kept[slide] = thumbnail(slide, LARGEST_PX)
+    image = Image.fromarray(kept)
+    wanted = min(max(max(image.size), min_px), max_px)
+    if wanted == max(image.size):
+        return image
+    scale = wanted / max(image.size)
+    shape = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(shape, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.HAMMING)
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -130,5 +148,7 @@ def fit_text(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
 def png_bytes(image: Image.Image) -> bytes:
     """The image as PNG with no metadata: equal pixels, equal bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(buffer, format="PNG")  # a fresh image carries no info of the old one
+    Image.fromarray(np.asarray(image)).save(
+        buffer, format="PNG", compress_level=PNG_LEVEL
+    )  # a fresh image carries no info of the old one
     return buffer.getvalue()

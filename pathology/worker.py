@@ -10,10 +10,11 @@ import functools
 import threading
 import time
 from collections import OrderedDict
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -21,20 +22,21 @@ from pathology.batches import ReadPool, read_tiles
 from pathology.cores import core_count
 from pathology.device import environment, set_threads
 from pathology.durable import make_folders, write_file
-from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
+from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
 from pathology.infer import Tile, infer_region
 from pathology.job import Job, key_difference, key_of
 from pathology.model import Model, ModelSpec
-from pathology.models import load_model, load_spec
+from pathology.models import load_model
 from pathology.models.checks import warm_up
 from pathology.plan import Plan, make_plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.readers import open_slide
 from pathology.slide import Slide
 from pathology.threads import Split, measure_model, measure_reading, split_threads
+from pathology.thumbnail import LARGEST_PX, picture
 from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
 
@@ -63,8 +65,10 @@ class _Kept:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.model_lock = threading.RLock()  # of its own: loading torch takes seconds, in which slides can be opened
         self.device_lock = threading.Lock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
+        self.tissue: WeakKeyDictionary[Slide, dict[str, TissueMask]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.models: dict[tuple[object, ...], Model] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
@@ -85,6 +89,14 @@ def check_model(job: Job) -> ModelSpec:
     model = _model(job)
     warm_up(model, job.batch_size)
     return model.spec
+
+
+def look(job: Job) -> None:
+    """Open the job's slide, find its tissue and make its picture, so that `prepare` finds them. What fails is left to it."""
+    with suppress(PathologyError):
+        slide = _slide(job)
+        _tissue(slide, job.tissue)
+        picture(slide, 1, LARGEST_PX)
 
 
 def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> Split:
@@ -130,8 +142,7 @@ def prepare(job: Job) -> Prepared:
     Raises SlideError for a slide that cannot be worked on, UsageError for a result or work made otherwise,
     EnvironmentFault where the place the slides come from is gone.
     """
-    slide = _slide(job)
-    spec = load_spec(job.model)
+    slide, spec = _slide(job), _model(job).spec
     fields = key_fields(job, slide, spec)
     work = Work(job.work_folder(spec.name), fields)
     put_back(job.result_folder(spec.name), work)
@@ -155,7 +166,7 @@ def prepare(job: Job) -> Prepared:
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:
     """Infer and stage one region; the number of tiles. `in_order`: in this thread alone, as the reference does it."""
-    slide, spec = _slide(job), load_spec(job.model)
+    slide, spec = _slide(job), _model(job).spec
     work, plan = _work(job, slide, spec)
     region = plan.regions[index]
     what = {"slide": job.slide_id, "model": spec.name, "region": index}
@@ -187,7 +198,7 @@ def _refuse_bad(tile: Tile) -> None:
 
 def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
-    slide, spec = _slide(job), load_spec(job.model)
+    slide, spec = _slide(job), _model(job).spec
     work, plan = _work(job, slide, spec)
     record = finish(job, work, plan, slide, spec)
     with _kept.lock:
@@ -198,9 +209,17 @@ def finish_slide(job: Job) -> dict[str, Any]:
 
 def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
     """Tissue and plan of a job, as any run of it would make them."""
-    tissue = find_tissue(slide, job.tissue)
+    tissue = _tissue(slide, job.tissue)
     grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
     return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
+
+
+def _tissue(slide: Slide, method: Literal["otsu", "none"]) -> TissueMask:
+    """The slide's tissue, found once as long as it is open."""
+    found = _kept.tissue.setdefault(slide, {})
+    if method not in found:
+        found[method] = find_tissue(slide, method)
+    return found[method]
 
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
@@ -319,7 +338,7 @@ def _keep(kept: OrderedDict[K, V], name: K, value: V) -> None:
 
 
 def _model(job: Job) -> Model:
-    with _kept.lock:
+    with _kept.model_lock:
         if _kept.threads != job.threads:
             set_threads(job.threads or 1)  # one while it is measured how many there should be
             _kept.threads = job.threads

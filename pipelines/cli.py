@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import click
 
@@ -169,6 +170,10 @@ def run(
     **options: Any,
 ) -> None:
     """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv)."""
+    if scheduler == "processes":
+        from pathology.schedule import prestart
+
+        prestart()
     from pipelines.batch import Conduct, run_batch
 
     conduct = Conduct(
@@ -329,5 +334,21 @@ def _printable(value: object) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
+def console() -> NoReturn:
+    """`main` as a program: what is on disk is whole, so the process ends without taking its libraries apart."""
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if isinstance(code, str):
+        print(code, file=sys.stderr, flush=True)
+        code = 1
+    os._exit(code if isinstance(code, int) else 0)
+
+
 if __name__ == "__main__":
-    main()
+    console()

@@ -697,3 +697,27 @@ def test_warm_up_takes_good_models() -> None:
     warm_up(testing.identity(tile_px=16), 3)
     warm_up(load_model("nuclei-density"), 2)
     check_scores(testing.constant().spec, 2, np.zeros((2, 1, 1, 1), np.float32))
+
+
+def _with_card(tile_px: int = 32) -> object:
+    raise AssertionError("the model itself is not needed for its card")
+
+
+_with_card.card = lambda tile_px=32: testing.constant(tile_px=tile_px).spec  # type: ignore[attr-defined]
+
+
+def _with_wrong_card() -> object:
+    return testing.constant()
+
+
+_with_wrong_card.card = lambda: "no card"  # type: ignore[attr-defined]
+
+
+def test_a_factorys_card_spares_making_the_model() -> None:
+    spec = load_spec(f"{__name__}:_with_card?tile_px=48")
+    assert (spec.tile_px, spec.classes) == (48, ("constant",))
+    assert spec.sha256 != testing.constant(tile_px=48).spec.sha256
+    with pytest.raises(ModelError, match="AssertionError"):
+        load_model(f"{__name__}:_with_card?tile_px=48")
+    with pytest.raises(ModelError, match="return a ModelSpec"):
+        load_spec(f"{__name__}:_with_wrong_card")

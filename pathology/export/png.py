@@ -16,10 +16,10 @@ from pathology.export.colormap import colorize, lookup_table
 from pathology.geometry import HeatmapFrame
 from pathology.model import ModelSpec
 from pathology.slide import Slide
-from pathology.thumbnail import GREY, INK, fit_text, font, picture, png_bytes
+from pathology.thumbnail import GREY, INK, LARGEST_PX, fit_text, font, picture, png_bytes
 
 # The longer side of the slide in an overlay, px; small slides are enlarged to the second.
-PICTURE_PX = 1560
+PICTURE_PX = LARGEST_PX
 SMALL_PICTURE_PX = 900
 
 # The page around it, px.
@@ -94,8 +94,10 @@ def _blend(
     cols = np.floor((l0_x - frame.l0_origin) / frame.l0_pixel).astype(np.int64)
     height, width = heatmap.shape
     outside = ((rows < 0) | (rows >= height))[:, None] | ((cols < 0) | (cols >= width))[None, :]
-    values = heatmap[np.clip(rows, 0, height - 1)[:, None], np.clip(cols, 0, width - 1)[None, :]]
-    colored = Image.fromarray(colorize(np.where(outside, np.nan, values), *spec.display))
+    # Coloured first: a heatmap has far fewer pixels than its picture.
+    rgba = colorize(heatmap, *spec.display)[np.clip(rows, 0, height - 1)[:, None], np.clip(cols, 0, width - 1)[None, :]]
+    rgba[outside] = 0
+    colored = Image.fromarray(rgba)
     tinted = Image.blend(image.convert("L").convert("RGB"), colored.convert("RGB"), OPACITY)
     return Image.composite(tinted, image, colored.getchannel("A"))
 

@@ -50,7 +50,7 @@ def load_spec(ref: str) -> ModelSpec:
     name, arguments = parse_ref(ref)
     if name == nuclei.NAME:
         return call(name, nuclei.spec, arguments, "cpu")
-    return python.load(name, arguments, "cpu").spec
+    return python.load_spec(name, arguments)
 
 
 def add_model(path: str | Path, trust: str | None = None, name: str | None = None) -> Entry:

@@ -87,6 +87,26 @@ def load(
     return QueuedPythonModel(spec, model) if isinstance(model, QueuedModel) else PythonModel(spec, model)
 
 
+def load_spec(name: str, arguments: Mapping[str, Argument]) -> ModelSpec:
+    """The card of the model that the factory `name` makes: by its attribute `card` where it has one, else by making the model.
+
+    ModelError as for `load`, and where `card` gives no ModelSpec.
+    """
+    factory = _import(name)
+    card = getattr(factory, "card", None)
+    if card is None:
+        return load(name, arguments, "cpu").spec
+    try:
+        spec = call(name, card, arguments, "cpu")
+    except PathologyError:
+        raise
+    except Exception as error:  # foreign code again
+        raise ModelError(f"model {name}: its card failed with {type(error).__name__}: {error}; correct it") from error
+    if not isinstance(spec, ModelSpec):
+        raise ModelError(f"model {name}: its card gives a {type(spec).__name__}; return a ModelSpec")
+    return replace(spec, sha256=_sha256(name, factory, arguments, spec.sha256))
+
+
 def _import(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
     try:
