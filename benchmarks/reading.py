@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 
@@ -31,20 +32,22 @@ def with_openslide(slide: str, corners: NDArray[np.int64]) -> Tiles:
 
 
 def with_pyvips(slide: str, corners: NDArray[np.int64]) -> Tiles:
+    os.environ["VIPS_CONCURRENCY"] = "1"
     import pyvips
 
-    pyvips.cache_set_max(0)
-    pyvips.concurrency_set(1)
     image = pyvips.Image.new_from_file(slide, access="random")
     factor = round(MPP / float(image.get("openslide.mpp-x") if "openslide.mpp-x" in image.get_fields() else MPP_OF[slide]))
     if image.bands == 4:
         image = image.extract_band(0, n=3)
-    if factor > 1:
-        image = image.shrink(factor, factor)
     region = pyvips.Region.new(image)
+    side = TILE_PX * factor
     for y, x in corners.tolist():
-        data = region.fetch(x // factor, y // factor, TILE_PX, TILE_PX)
-        yield np.frombuffer(data, np.uint8).reshape(TILE_PX, TILE_PX, 3)
+        data = region.fetch(x, y, side, side)
+        if factor == 1:
+            yield np.frombuffer(data, np.uint8).reshape(side, side, 3)
+        else:
+            small = pyvips.Image.new_from_memory(data, side, side, 3, "uchar").shrink(factor, factor)
+            yield small.numpy()
 
 
 MPP_OF: dict[str, float] = {}

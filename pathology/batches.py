@@ -87,6 +87,8 @@ def read_tiles(
     ahead: deque[Future[list[Pixels | None]]] = deque()
     rows = deque(_rows(tiles[:, 0]))
     chunk = chunk_tiles(spec.input_px)
+    if rows:
+        slide.reserve(windows(*max(rows, key=lambda row: row[1] - row[0])))
     try:
         while rows:
             first, end = rows.popleft()

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-# Stages in the order of the flow. All but the last are work; `waiting` is a region's own thread without any.
-STAGES = ("read", "decode", "resample", "copy", "model", "stitch", "write", "waiting")
+# Stages in the order of the flow. `model` is the time in which the device computed, a batch of several regions shared by tiles.
+STAGES = ("read", "decode", "resample", "copy", "model", "stitch", "write")
+
+
+_active = threading.local()
 
 
 class Clock:
@@ -31,13 +34,34 @@ class Clock:
             return {stage: round(self._seconds.get(stage, 0.0), 6) for stage in STAGES}
 
 
-_active = threading.local()
+def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum, stage by stage."""
+    whole = dict.fromkeys(STAGES, 0.0)
+    for part in parts:
+        for stage in STAGES:
+            whole[stage] += part.get(stage, 0.0)
+    return {stage: round(seconds, 6) for stage, seconds in whole.items()}
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds in which at least one of the spans (begin, end) ran."""
+    seconds, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        seconds += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return seconds
+
+
+def current() -> Clock | None:
+    """The clock that this thread counts for."""
+    clock: Clock | None = getattr(_active, "clock", None)
+    return clock
 
 
 @contextmanager
 def counting(clock: Clock | None) -> Iterator[None]:
     """Let what this thread does inside count for `clock`."""
-    before: Clock | None = getattr(_active, "clock", None)
+    before = current()
     _active.clock = clock
     try:
         yield
@@ -54,7 +78,7 @@ class timed:
         self._stage = stage
 
     def __enter__(self) -> None:
-        self._clock: Clock | None = getattr(_active, "clock", None)
+        self._clock = current()
         self._began = time.perf_counter() if self._clock is not None else 0.0
 
     def __exit__(self, *raised: object) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.clock import covered, total
 from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
 from pathology.errors import Reason, SlideError, UsageError
 from pathology.export.png import overlay_l0_pixel, overlay_png
@@ -210,11 +211,31 @@ def _record(
         "threshold": dict(zip(spec.classes, spec.threshold, strict=True)),
         "units": spec.units,
         "seconds": round(sum(c["seconds"] for c in counts), 3),
+        "time": _time(counts),
         "environments": environments,
         "columns": dict(job.columns),
         "finished": time.time(),
         "host": socket.gethostname(),
         "version": _version(),
+    }
+
+
+def _time(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where the time went: seconds by stage over all threads, and how much of the time the devices computed.
+
+    wall_s     while regions of this slide were worked on, summed over the processes that did
+    waiting_s  of it, while no tile of this slide was with the model
+    """
+    processes: dict[int, list[tuple[float, float]]] = {}
+    for c in counts:
+        processes.setdefault(c["process"], []).append((c["began"], c["began"] + c["seconds"]))
+    stages = total(c["stages"] for c in counts)
+    wall = sum(covered(spans) for spans in processes.values())
+    return {
+        "stages": stages,
+        "wall_s": round(wall, 6),
+        "waiting_s": round(max(0.0, wall - stages["model"]), 6),
+        "device_busy": round(min(1.0, stages["model"] / wall), 4) if wall else 0.0,
     }
 
 

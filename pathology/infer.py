@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.batches import ReadPool, read_tiles
-from pathology.clock import Clock
+from pathology.clock import Clock, timed
 from pathology.errors import Reason, SlideError
 from pathology.model import ModelSpec
 from pathology.plan import Plan, Region
@@ -33,7 +33,7 @@ def infer_region(
     """The rows of `region.box` as `stitch.bands` cuts them: (C, h, W) float32 scores, NaN where no tile fell.
 
     on_bad  told of each tile (row, col) that cannot be decoded. It goes to no model and leaves nothing on the canvas
-    clock   told what time reading took
+    clock   told what time reading takes; the other stages count for this thread's own clock
 
     Raises SlideError(BAD_SCORES) where the model answers NaN or infinity: it must not spread into its neighbours.
     """
@@ -57,8 +57,19 @@ def infer_region(
                 Reason.BAD_SCORES,
                 f"model {spec.name} answered NaN or infinity at heatmap pixel ({y}, {x}); check it on that tile",
             )
-        yield from canvas.final(y)
-        canvas.add(scores, y, x)
+        yield from _timed(canvas.final(y))
+        with timed("stitch"):
+            canvas.add(scores, y, x)
     if asked:
         raise RuntimeError(f"model {spec.name} left {len(asked)} tiles unanswered")
-    yield from canvas.final(region.box.y1)
+    yield from _timed(canvas.final(region.box.y1))
+
+
+def _timed(rows: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """`rows`, the time of making each counted as stitching."""
+    while True:
+        with timed("stitch"):
+            band = next(rows, None)
+        if band is None:
+            return
+        yield band

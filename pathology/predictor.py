@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.clock import current, timed
 from pathology.errors import ModelError
 from pathology.model import Answer, Model, ModelSpec, QueuedModel
 from pathology.models.checks import check_scores
@@ -52,14 +53,17 @@ class Spent:
 def predict_in_order(
     model: Model, batch_size: int, tiles: Iterable[NDArray[np.uint8]]
 ) -> Generator[NDArray[np.float32], None, None]:
-    """(C, h, w) scores for each (H, W, 3) tile, in order, in the calling thread."""
+    """(C, h, w) scores for each (H, W, 3) tile, in order, in the calling thread. Counts for that thread's clock."""
     batch = _empty_batch(model.spec, batch_size)
     remaining = iter(tiles)
     while taken := list(islice(remaining, batch_size)):
-        for slot, tile in zip(batch, taken, strict=False):
-            slot[...] = checked_tile(model.spec, tile)
-        batch[len(taken) :] = 0
-        yield from call_model(model, batch)[: len(taken)]
+        with timed("copy"):
+            for slot, tile in zip(batch, taken, strict=False):
+                slot[...] = checked_tile(model.spec, tile)
+            batch[len(taken) :] = 0
+        with timed("model"):
+            scores = call_model(model, batch)
+        yield from scores[: len(taken)]
 
 
 def call_model(model: Model, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -97,6 +101,7 @@ class _Lane:
 
     def __init__(self, lock: threading.Lock) -> None:
         self.changed = threading.Condition(lock)
+        self.clock = current()
         self.waiting = 0
         self.answers: deque[NDArray[np.float32]] = deque()
         self.error: BaseException | None = None
@@ -110,6 +115,7 @@ class _Batch:
         self.array = array
         self.lanes: list[_Lane] = []
         self.filled = 0
+        self.began = 0.0  # when it went to the model
 
 
 class Predictor:
@@ -140,6 +146,7 @@ class Predictor:
         self._closed = False
         self._calls = self._padded = 0
         self._copy_s = self._model_s = self._waiting_s = 0.0
+        self._settled = 0.0  # when the last batch was done
         self._with_model = 0  # batches the model has
         self._since = perf_counter()  # it has had any, or none though regions were under way
         self._flying: queue.SimpleQueue[tuple[_Batch, Answer | Exception] | None] = queue.SimpleQueue()
@@ -221,6 +228,8 @@ class Predictor:
         took = perf_counter() - began
         with self._lock:
             self._copy_s += took
+            if lane.clock is not None:
+                lane.clock.add("copy", took)
             batch.filled += 1
             if batch.filled == self.batch_size:
                 self._work.notify()
@@ -274,6 +283,7 @@ class Predictor:
                 self._recycle(batch)
             used = len(batch.lanes)
             self._count(+1)
+            batch.began = perf_counter()
             self._calls += 1
             self._padded += self.batch_size - used
         batch.array[used:] = 0
@@ -311,6 +321,12 @@ class Predictor:
             answers = self._each_alone(batch, scores)
         with self._lock:
             self._count(-1)
+            now = perf_counter()
+            # Of batches that overlap on the device each has the time since the one before it was done.
+            took, self._settled = (now - max(batch.began, self._settled)) / len(batch.lanes), now
+            for lane in set(batch.lanes):
+                if lane.clock is not None:
+                    lane.clock.add("model", took * batch.lanes.count(lane))
             for lane, answer in zip(batch.lanes, answers, strict=True):
                 lane.waiting -= 1
                 if lane.error is not None:

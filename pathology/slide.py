@@ -89,6 +89,10 @@ class TileReader(Reader, Protocol):
         """Fetch what lies under windows (level, box, factor) that will be read soon."""
         ...
 
+    def reserve(self, windows: Iterable[tuple[int, Box, int]]) -> None:
+        """Make room for what rows of windows like these share."""
+        ...
+
     @property
     def slow(self) -> bool:
         """Whether storage is so slow that it should be read well ahead."""
@@ -173,6 +177,11 @@ class Slide:
         """Fetch the bytes under `windows` that will be read soon; without effect where the reader has no use for it."""
         if self._tiles is not None:
             self._tiles.prefetch((w.level, w.box, w.reduce) for w in windows)
+
+    def reserve(self, windows: Iterable[Window]) -> None:
+        """Make room, within the limit the slide was opened with, for what rows of windows like these share."""
+        if self._tiles is not None:
+            self._tiles.reserve((w.level, w.box, w.reduce) for w in windows)
 
     @property
     def slow(self) -> bool:

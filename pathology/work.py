@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.clock import timed
 from pathology.durable import make_folders, new_file, output_faults, sync_folder, write_file
 from pathology.errors import UsageError
 from pathology.geometry import Box
@@ -108,16 +109,17 @@ class Work:
                 if scores.shape[1:] != band.shape:
                     raise ValueError(f"rows {band.y} to {band.y1} of region {region.index} came as {scores.shape}")
                 for block in blocks(band):
-                    data = scores[:, *block.slices(band)].astype("<f4", copy=False).tobytes()
-                    hashes.append(_sha256(data))
-                    write(data)
+                    with timed("write"):
+                        data = scores[:, *block.slices(band)].astype("<f4", copy=False).tobytes()
+                        hashes.append(_sha256(data))
+                        write(data)
         return hashes
 
     def mark(
         self,
         region: Region,
         hashes: Sequence[str],
-        counts: Mapping[str, float],
+        counts: Mapping[str, Any],
         environment: Mapping[str, Any],
         bad_tiles: Iterable[tuple[int, int]] = (),
     ) -> None:

@@ -7,6 +7,7 @@ A process keeps its slides and its predictor open between calls.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from pathology.batches import ReadPool, read_tiles
+from pathology.clock import Clock, counting
 from pathology.cores import core_count
 from pathology.device import environment, set_threads
 from pathology.durable import make_folders, write_file
@@ -171,18 +173,25 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     region = plan.regions[index]
     what = {"slide": job.slide_id, "model": spec.name, "region": index}
     emit(Path(job.out), "region-start", what)
-    began = time.perf_counter()
+    began, clock = time.time(), Clock()
     pool = None if in_order else _pool(job.readers)
     bad_tiles: list[Tile] = []
     on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
     with (
         closed_at_end(_predict(job, in_order)) as predict,
-        closing(infer_region(slide, spec, plan, region, predict, on_bad, pool)) as rows,
+        closing(infer_region(slide, spec, plan, region, predict, on_bad, pool, clock)) as rows,
+        counting(clock),
     ):
         hashes = work.stage(region, rows)
-    seconds = round(time.perf_counter() - began, 6)
-    counts = {"tiles": len(region.tiles), "bad_tiles": len(bad_tiles), "seconds": seconds}
+    counts = {
+        "tiles": len(region.tiles),
+        "bad_tiles": len(bad_tiles),
+        "seconds": round(time.time() - began, 6),
+        "began": began,
+        "process": os.getpid(),
+        "stages": clock.seconds(),
+    }
     work.mark(region, hashes, counts, _environment(job.device, job.threads), bad_tiles)
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)

@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from pathology.clock import total
 from pathology.durable import make_folders, output_faults
 from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError
 from pathology.events import emit
 from pathology.runner import Interrupted, Outcome, Progress
+from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs
 from pipelines.slides import SlideEntry
 from pipelines.summary import clear_failure, read_failure, write_failure, write_summary
@@ -99,7 +101,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             write_summary(out)
             _sweep(out / ".work")
         emit(out, "run-end", {"failed": failed})
-    report.end(out, failed, time.monotonic() - began)
+    report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
 
@@ -131,6 +133,7 @@ class _Report:
     def __init__(self, jobs: int, log_format: Literal["text", "json"]) -> None:
         self._jobs = jobs
         self._ended = 0
+        self._times: list[dict[str, Any]] = []  # of slides computed in this run
         self._json = log_format == "json"
         self._bar = tqdm(total=0, unit="tile", disable=None if not self._json else True, smoothing=0.05, file=sys.stderr)
         self._describe()
@@ -146,6 +149,8 @@ class _Report:
         self._ended += 1
         self._describe()
         job, record = outcome.job, outcome.record
+        if record is not None and not outcome.before and "time" in record:
+            self._times.append(record["time"])
         if self._json:
             facts: dict[str, Any] = {
                 "event": "slide",
@@ -177,12 +182,17 @@ class _Report:
     def close(self) -> None:
         self._bar.close()
 
-    def end(self, out: Path, failed: int, seconds: float) -> None:
+    def end(self, out: Path, failed: int, seconds: float, devices: int) -> None:
+        stages = total(spent["stages"] for spent in self._times)
+        working_s = sum(spent["wall_s"] for spent in self._times)
         if self._json:
-            print(json.dumps({"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}))
+            facts = {"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}
+            print(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
             return
         done = self._ended - failed
         print(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
+        if line := bottleneck(stages, working_s, seconds * devices):
+            print(line)
         print(NOTICE)
 
     def _describe(self) -> None:

@@ -226,6 +226,21 @@ def test_real_slide_is_openslides_to_the_bit() -> None:
             assert np.array_equal(own.read_tile(at, size, shape), theirs.read_tile(at, size, shape))
 
 
+@pytest.mark.parametrize("opencv", [True, False])
+def test_the_mean_has_the_same_bits_with_and_without_opencv(opencv: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if opencv:
+        pytest.importorskip("cv2")
+    else:
+        monkeypatch.setattr("pathology.readers.codecs.cv2", None)
+    pixels = noise_pixels(64, 64)
+    data = as_rgb_jpeg(pixels)
+    whole = codec().decode(data).astype(int)
+    for factor in (2, 4, 8):
+        side = 64 // factor
+        sums = whole.reshape(side, factor, side, factor, 3).sum(axis=(1, 3))
+        assert np.array_equal(codec().decode_mean(data, factor), (sums + factor**2 // 2) // factor**2)
+
+
 @pytest.mark.parametrize("ratio", [2, 4, 3.1])
 def test_fast_decoding_is_near_the_mean_and_not_it(ratio: float) -> None:
     path = cmu_small_region()

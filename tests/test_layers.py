@@ -78,6 +78,7 @@ ORDER = [
     "pipelines.slides",
     "pipelines.config",
     "pipelines.summary",
+    "pipelines.bottleneck",
     "pipelines.check",
     "pipelines.batch",
     "pipelines.cli",

@@ -1,4 +1,4 @@
-"""One compressed tile of a TIFF -> its pixels. The only import of imagecodecs and simplejpeg.
+"""One compressed tile of a TIFF -> its pixels. The only import of imagecodecs, simplejpeg and OpenCV.
 
 Promise: nothing is decoded before the tile's own header was seen to claim the size that the TIFF states, and whatever
 cannot be decoded is `Corrupt`, never pixels. JPEG is decoded in the colour space that the TIFF names: Aperio's RGB tiles
@@ -17,6 +17,11 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+
+try:  # gives the same mean of 2 x 2 as Pillow, (sum + 2) >> 2, in a third of the time; other factors it rounds otherwise
+    import cv2
+except ImportError:
+    cv2 = None  # type: ignore[assignment]
 
 Pixels = NDArray[np.uint8]
 
@@ -84,9 +89,14 @@ class TileCodec:
         """(height / factor, width / factor, 3) uint8: means of factor x factor pixels, rounded once. Raises Corrupt."""
         h, w = self.shape
         if self.compression == JPEG and self.samples == 3:
-            # Four bytes a pixel are what Pillow computes on, so it takes them where they lie; three it would copy.
+            # Four bytes a pixel are what Pillow computes on, so it takes them where they lie (three it would copy), and what
+            # both JPEG and OpenCV are quickest with.
             self._check(data)
             four = self._jpeg(data, imagecodecs.JPEG8.CS.EXT_RGBX, _four_bytes(self.shape))
+            if factor == 2 and cv2 is not None:
+                return np.asarray(
+                    cv2.cvtColor(cv2.resize(four, (w // 2, h // 2), interpolation=cv2.INTER_AREA), cv2.COLOR_RGBA2RGB)
+                )
             image = Image.frombuffer("RGBX", (w, h), four, "raw", "RGBX", 0, 1)
         else:
             image = Image.fromarray(self.decode(data))

@@ -38,30 +38,33 @@ LARGEST_READ = 2 * 2**20
 # Storage that takes longer than this for a read, on the mean of the last ones, is read ahead of use.
 SLOW_READ_S = 1e-3
 READS_REMEMBERED = 8
+# Decoded tiles kept, unless a row of windows needs more and is allowed it.
+CACHE_BYTES = 48 * 2**20
+# Regions that read at once from one slide.
+REGIONS = 2
 # Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.
 FETCHED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiledLevel:
-    """Where one level's tiles lie: `places` and `sizes` (n,) int64 in row-major order, 0 where the file has no such tile."""
+    """Where one level's tiles lie: `places` and `sizes` (n,) int64 in row-major order, 0 where the file has no such tile.
+
+    across  tiles in a row
+    """
 
     shape: tuple[int, int]
     places: NDArray[np.int64]
     sizes: NDArray[np.int64]
     codec: TileCodec
 
-    @property
-    def across(self) -> int:
-        """Tiles in a row."""
-        return -(-self.shape[1] // self.codec.shape[1])
+    across: int
 
-    def tiles(self, box: Box, factor: int = 1) -> Iterator[tuple[int, Box]]:
-        """(index, its box) of the tiles that touch `box`; boxes in pixels of the level reduced by `factor`."""
+    def under(self, box: Box, factor: int) -> Iterator[int]:
+        """Indices of the tiles that touch `box`, which is in pixels of the level reduced by `factor`."""
         height, width = (side // factor for side in self.codec.shape)
         for row in range(box.y // height, -(-box.y1 // height)):
-            for col in range(box.x // width, -(-box.x1 // width)):
-                yield row * self.across + col, Box(row * height, col * width, height, width)
+            yield from range(row * self.across + box.x // width, row * self.across - (-box.x1 // width))
 
 
 class _File:
@@ -91,7 +94,8 @@ class DirectReader:
         self._pread = pread
         # Let go, not closed: it is closed when the last thread that reads from it is out.
         self._file: _File | None = _File(path)
-        self._cache = TileCache(cache_bytes)
+        self._cache = TileCache(min(CACHE_BYTES, cache_bytes))
+        self._most_cached = cache_bytes
         self._lock = threading.Lock()
         self._fetched: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
         self._fetched_bytes = 0
@@ -103,18 +107,12 @@ class DirectReader:
         self._file = None
 
     def read(self, level: int, box: Box) -> tuple[Pixels, NDArray[np.bool_] | None]:
-        file, source = self._open(), self._levels[level]
-        pixels, valid = np.empty((*box.shape, 3), np.uint8), None
-        for index, at in source.tiles(box):
-            common = at.intersect(box)
-            if not source.sizes[index]:
-                pixels[common.slices(box)] = WHITE
-                valid = np.ones(box.shape, np.bool_) if valid is None else valid
-                valid[common.slices(box)] = False
-                continue
-            tile = self._tile(file, level, index, 1)
-            with timed("resample"):
-                pixels[common.slices(box)] = tile[common.slices(at)]
+        pixels, missing = self._assembled(level, box, 1)
+        if not missing:
+            return pixels, None
+        valid = np.ones(box.shape, np.bool_)
+        for part in missing:
+            valid[part.slices(box)] = False
         return pixels, valid
 
     def read_reduced(self, level: int, box: Box, factor: int) -> Pixels | None:
@@ -122,19 +120,29 @@ class DirectReader:
 
         Means of factor x factor pixels, rounded once; of a reader opened as fast, JPEG's scaled decoding where there is one.
         """
-        file, source = self._open(), self._levels[level]
-        if any(side % factor for side in source.codec.shape):
+        if any(side % factor for side in self._levels[level].codec.shape):
             return None
-        pixels = np.empty((*box.shape, 3), np.uint8)
-        for index, at in source.tiles(box, factor):
-            common = at.intersect(box)
-            if not source.sizes[index]:
-                pixels[common.slices(box)] = WHITE
-                continue
-            tile = self._tile(file, level, index, factor)
-            with timed("resample"):
-                pixels[common.slices(box)] = tile[common.slices(at)]
-        return pixels
+        return self._assembled(level, box, factor)[0]
+
+    def _assembled(self, level: int, box: Box, factor: int) -> tuple[Pixels, list[Box]]:
+        """`box`, in pixels of the level reduced by `factor`, from the tiles under it; what the file lacks is white, listed."""
+        file, source = self._open(), self._levels[level]
+        height, width = source.codec.shape[0] // factor, source.codec.shape[1] // factor
+        pixels, missing = np.empty((*box.shape, 3), np.uint8), []
+        # In plain numbers: this loop runs for every tile under every window.
+        for row in range(box.y // height, -(-box.y1 // height)):
+            y, y1 = max(row * height, box.y), min((row + 1) * height, box.y1)
+            for col in range(box.x // width, -(-box.x1 // width)):
+                x, x1 = max(col * width, box.x), min((col + 1) * width, box.x1)
+                part = pixels[y - box.y : y1 - box.y, x - box.x : x1 - box.x]
+                index = row * source.across + col
+                if not source.sizes[index]:
+                    part[...] = WHITE
+                    missing.append(Box(y, x, y1 - y, x1 - x))
+                    continue
+                tile = self._tile(file, level, index, factor)
+                part[...] = tile[y - row * height : y1 - row * height, x - col * width : x1 - col * width]
+        return pixels, missing
 
     def scales(self, level: int, factor: int) -> bool:
         """Whether `read_reduced` gives scaled JPEG here: opened as fast, and of a codec and tile size that can."""
@@ -146,7 +154,7 @@ class DirectReader:
         wanted: dict[tuple[int, int], tuple[int, int]] = {}
         for number, box, factor in self._joined(windows):
             level = self._levels[number]
-            for index, _ in level.tiles(box, factor):
+            for index in level.under(box, factor):
                 tile = (number, index)
                 if level.sizes[index] and tile not in wanted and (number, index, factor) not in self._cache:
                     wanted[tile] = int(level.places[index]), int(level.sizes[index])
@@ -160,6 +168,14 @@ class DirectReader:
                     self._fetched_bytes += size
                 while self._fetched_bytes > FETCHED_BYTES:
                     self._fetched_bytes -= len(self._fetched.popitem(last=False)[1])
+
+    def reserve(self, windows: Iterable[tuple[int, Box, int]]) -> None:
+        """Keep as many tiles as reading rows of windows like these, one after the other, takes to decode each once."""
+        needed = 0
+        for number, box, factor in self._joined(windows):
+            height, width = (side // factor for side in self._levels[number].codec.shape)
+            needed += (box.height + 2 * height) * (box.width + 2 * width) * 3
+        self._cache.limit_bytes = min(self._most_cached, max(self._cache.limit_bytes, REGIONS * needed))
 
     @property
     def slow(self) -> bool:
@@ -319,6 +335,7 @@ def tiled_levels(file: SlideFile, level_shapes: tuple[tuple[int, int], ...] | No
                     np.array(page.dataoffsets, np.int64),
                     np.array(page.databytecounts, np.int64),
                     codec,
+                    -(-page.imagewidth // codec.shape[1]),
                 )
                 tiles = level.across * -(-level.shape[0] // codec.shape[0])
                 if not len(level.places) == len(level.sizes) == tiles:

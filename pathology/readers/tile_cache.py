@@ -20,10 +20,13 @@ IN_HAND = 3
 
 
 class TileCache:
-    """The tiles used last, `limit_bytes` of them at most. That one is corrupt is kept as well."""
+    """The tiles used last, `limit_bytes` of them at most. That one is corrupt is kept as well.
+
+    The limit should be what is needed and no more: memory that was written to lately is quicker to write to again.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
         self._bytes = 0
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, Pixels | Corrupt] = OrderedDict()
@@ -78,7 +81,7 @@ class TileCache:
                 if kept is not None:
                     self._kept[name] = kept
                     self._bytes += _size(kept)
-                while self._bytes > self._limit and len(self._kept) > 1:
+                while self._bytes > self.limit_bytes and len(self._kept) > 1:
                     _, dropped = self._kept.popitem(last=False)
                     self._bytes -= _size(dropped)
                     if isinstance(dropped, np.ndarray) and dropped.flags.writeable:
