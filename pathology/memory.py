@@ -1,13 +1,62 @@
-"""How much memory a worker takes for a plan. Promise: pure arithmetic that follows what the code holds, printed by `check`."""
+"""How much memory a run takes for a plan, for `check` to print.
+
+Promise: what the code holds is arithmetic; what libraries and the model take is measured, not guessed.
+"""
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
 from pathology.batches import tiles_ahead
+from pathology.device import set_threads
+from pathology.errors import ModelError
+from pathology.job import Job
 from pathology.model import ModelSpec
+from pathology.models import load_model
+from pathology.models.checks import warm_up
 from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
+from pathology.readers.opened import CACHE_BYTES
 
 # Of a job's memory, for decoded tiles of the slides that are open: 1 / CACHE_SHARE.
 CACHE_SHARE = 8
+
+# The command itself and the process that workers are forked from, as measured (PSS): mostly Python, Dask and numpy.
+OTHER_PROCESSES_BYTES = 138 * 10**6
+# What a worker takes for a slide's beginning and end, as measured: tissue, pictures, pyramid, and the libraries of the files.
+SLIDE_BYTES = 110 * 10**6
+
+
+def model_peak(job: Job, modules: Sequence[str]) -> int:
+    """Most bytes of a process that imports `modules`, loads the job's model and runs one batch of made-up tiles.
+
+    Measured in a process of its own (Linux). Raises ModelError for a model that does not load or breaks its card.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_own_peak, job, tuple(modules)).result()
+        except BrokenProcessPool as error:
+            raise ModelError(f"model {job.model} ended the process that tried it; try it on its own first") from error
+
+
+def _own_peak(job: Job, modules: Sequence[str]) -> int:
+    for module in modules:
+        importlib.import_module(module)
+    if job.threads:
+        set_threads(job.threads)
+    warm_up(load_model(job.model, job.device, job.precision, job.compile), job.batch_size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_bound(plan: Plan, spec: ModelSpec, job: Job, model_peak: int, readers: int) -> int:
+    """Memory of the whole command for this plan on one device: all its processes, shared pages counted once."""
+    buffers = memory_bound(plan, spec, batch_size=job.batch_size, readers=readers)
+    cache = min(CACHE_BYTES, job.memory // CACHE_SHARE)
+    return OTHER_PROCESSES_BYTES + SLIDE_BYTES + model_peak + cache + buffers
 
 
 def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, regions: int = REGIONS_AT_ONCE) -> int:

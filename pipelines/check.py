@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pathology.cores import core_count
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
-from pathology.memory import memory_bound
+from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.plan import Plan
 from pathology.readers import open_slide
+from pathology.schedule import WORKER_MODULES
 from pathology.slide import SlideInfo
 from pathology.worker import plan_slide
 from pipelines.config import Settings, make_jobs
@@ -38,6 +39,7 @@ class Verdict:
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
     specs = {ref: load_spec(ref) for ref in models}
+    peaks: dict[str, int] = {}
     for entry in slides:
         try:
             mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
@@ -47,16 +49,18 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
                 for job in make_jobs([entry], models, settings, "cpu") if models else []:
                     spec = specs[job.model]
                     _, plan = plan_slide(job, slide, spec)
-                    yield _verdict(entry, slide.info, spec, plan, job)
+                    if job.model not in peaks:
+                        peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), WORKER_MODULES)
+                    yield _verdict(entry, slide.info, spec, plan, job, peaks[job.model])
         except SlideError as error:
             yield Verdict(entry, reason=error.reason, message=str(error))
 
 
-def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job) -> Verdict:
+def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job, peak: int) -> Verdict:
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
     stored = int(height * width * len(spec.classes) * 4 * pyramid)
-    memory = memory_bound(plan, spec, batch_size=job.batch_size, readers=job.readers or core_count())
+    memory = run_bound(plan, spec, job, peak, job.readers or core_count())
     return Verdict(entry, info, spec, plan, stored, memory)
 
 

@@ -198,8 +198,8 @@ def run(
 def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, as_json: bool, **options: Any) -> None:
     """Say what would run on SLIDES and what would fail: tiles, regions, bytes, memory, mpp and where it is from.
 
-    Infers nothing. "again": tiles computed twice because they straddle regions. "memory": of tiles and canvases in a
-    worker, beside libraries and the model.
+    Infers nothing but one batch of made-up tiles, whose memory is measured. "again": tiles computed twice because they straddle
+    regions. "memory": of all processes of `run` with one worker.
     """
     from pipelines.check import COLUMNS, facts, row, table
     from pipelines.check import check as verdicts

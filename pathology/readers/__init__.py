@@ -13,14 +13,10 @@ from pathology.job import ReaderName
 from pathology.readers.fingerprint import fingerprint, fingerprint_file
 from pathology.readers.inspect import Kind, SlideFile, inspect_file
 from pathology.readers.mpp import choose_mpp
-from pathology.readers.opened import Opened
+from pathology.readers.opened import CACHE_BYTES, Opened
 from pathology.slide import Slide, SlideInfo
 
 __all__ = ["fingerprint", "open_slide"]
-
-
-# Decoded tiles kept for neighbours, per open slide.
-CACHE_BYTES = 192 * 2**20
 
 
 def open_slide(
@@ -30,7 +26,7 @@ def open_slide(
     force: bool = False,
     reader: ReaderName = "auto",
     fast_decode: bool = False,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int = 4 * CACHE_BYTES,
 ) -> Slide:
     """An open slide, whatever its format; a context manager.
 

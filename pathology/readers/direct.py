@@ -26,7 +26,7 @@ from pathology.readers import codecs
 from pathology.readers.codecs import Corrupt, Pixels, TileCodec
 from pathology.readers.inspect import SlideFile, refuse_channels
 from pathology.readers.mpp import directory_claim, ome_claim
-from pathology.readers.opened import Opened, whole_downsample
+from pathology.readers.opened import CACHE_BYTES, Opened, whole_downsample
 from pathology.readers.tile_cache import TileCache
 from pathology.slide import WHITE
 
@@ -38,8 +38,6 @@ LARGEST_READ = 2 * 2**20
 # Storage that takes longer than this for a read, on the mean of the last ones, is read ahead of use.
 SLOW_READ_S = 1e-3
 READS_REMEMBERED = 8
-# Decoded tiles kept, unless a row of windows needs more and is allowed it.
-CACHE_BYTES = 48 * 2**20
 # Regions that read at once from one slide.
 REGIONS = 2
 # Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.

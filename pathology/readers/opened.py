@@ -12,6 +12,9 @@ from pathology.geometry import Box
 from pathology.readers.mpp import Claim
 from pathology.slide import WHITE, Reader
 
+# Decoded tiles kept for neighbours, per open slide, unless a row of windows needs more and is allowed it.
+CACHE_BYTES = 48 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
