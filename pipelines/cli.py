@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast
@@ -244,6 +245,34 @@ def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json:
         click.echo(f"level {k:<6} {shape[0]} x {shape[1]} px, 1/{downsample:g}")
 
 
+@main.command()
+@click.option("--model", required=True, help="A model's name, folder or factory.")
+@click.option("--slide", required=True, type=click.Path(path_type=Path), help="A slide like those to be run.")
+@click.option("--slide-mpp", type=float, help="Its resolution in um per px, where the file is silent or wrong.")
+@click.option("--tiles", type=int, default=1000, show_default=True, help="Measure on so many tiles.")
+@click.option("--overlap", type=float, default=0.0, show_default=True, help="As in run.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16", "auto"]), default="fp32", show_default=True)
+@click.option("--threads", type=int, help="Torch threads on the CPU.  [default: measured]")
+@click.option("--num-workers", type=int, help="Threads that read tiles.  [default: measured]")
+@reader_options()[0]
+@reader_options()[1]
+@one_line_errors
+def benchmark(model: str, slide: Path, tiles: int, **options: Any) -> None:
+    """Measure reading alone, MODEL alone, and the pipeline of both, on this machine and SLIDE."""
+    from pathology.device import choose_device
+    from pipelines.benchmark import benchmark as measured
+    from pipelines.benchmark import lines
+    from pipelines.config import make_jobs
+    from pipelines.slides import find_slides
+
+    settings = _settings(**options, out=Path("out"))
+    (job,) = make_jobs(find_slides([slide])[:1], [model], settings, choose_device(settings.device))
+    for line in lines(measured(job, max(2, tiles))):
+        click.echo(line)
+
+
 @main.group(invoke_without_command=True)
 @click.pass_context
 @one_line_errors
@@ -341,12 +370,12 @@ def console() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
-    finally:
+    with suppress(BrokenPipeError):  # whoever read the output may be gone
+        if isinstance(code, str):
+            click.echo(code, err=True)
+            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
-    if isinstance(code, str):
-        print(code, file=sys.stderr, flush=True)
-        code = 1
     os._exit(code if isinstance(code, int) else 0)
 
 

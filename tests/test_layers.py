@@ -80,6 +80,7 @@ ORDER = [
     "pipelines.summary",
     "pipelines.bottleneck",
     "pipelines.check",
+    "pipelines.benchmark",
     "pipelines.batch",
     "pipelines.cli",
 ]
