@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pathology.errors import UsageError
 from pathology.job import slide_id, slug
-from pathology.readers.dicom import WHOLE_SLIDE, Instance, instances_beside, may_be_dicom, name_instance, read_instance
+from pathology.readers.dicom import WHOLE_SLIDE, Instance, folder_instances, may_be_dicom, name_instance, read_instance
 
 # What a folder is searched for, beside DICOM, which its content tells; a file that is named is tried whatever it is called.
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide"}
@@ -48,13 +48,14 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
     Raises UsageError for equal ids, for a series in two places, for a broken slide list, and where nothing is found.
     """
     entries: list[SlideEntry] = []
+    folders: dict[Path, tuple[Instance, ...]] = {}
     for name in (Path(n).absolute() for n in named):  # a worker elsewhere has another working directory
         if name.is_dir():
             entries += _folder(name, out, SUFFIXES | PICTURES if pictures else SUFFIXES)
         elif name.suffix.lower() == ".csv":
             entries += _slide_list(name)
         else:
-            entries.append(_file(name))
+            entries.append(_file(name, folders))
     if not entries:
         known = ", ".join(sorted(SUFFIXES))
         raise UsageError(f"no slide found in {', '.join(str(n) for n in named)}; known are DICOM and the endings {known}")
@@ -94,15 +95,17 @@ def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[Slid
             yield _series(series[uid], folder)
 
 
-def _file(path: Path) -> SlideEntry:
-    """A file that was named. Any file of a DICOM slide stands for the whole slide."""
+def _file(path: Path, folders: dict[Path, tuple[Instance, ...]]) -> SlideEntry:
+    """A file that was named. Any file of a DICOM slide stands for the whole slide; `folders` were read before."""
     instance = _instance(path)
-    if instance is not None and instance.of_slide:
+    if instance is None or not instance.of_slide:
+        return SlideEntry(path, slide_id(path.name), path)
+    if path.parent not in folders:
         try:
-            return _series(instances_beside(path, instance.series), path)
+            folders[path.parent] = folder_instances(path.parent)
         except OSError:
-            pass  # the reader meets the same file, and says which
-    return SlideEntry(path, slide_id(path.name), path)
+            folders[path.parent] = ()  # the reader meets the same file, and says which
+    return _series([i for i in folders[path.parent] if i.series == instance.series] or [instance], path)
 
 
 def _series(instances: Sequence[Instance], root: Path) -> SlideEntry:
@@ -157,7 +160,7 @@ def _slide_list(path: Path) -> Iterator[SlideEntry]:
             path.parent,
             _number(row.get("slide_mpp", ""), path, number),
             tuple((c, row[c]) for c in columns if c not in OWN_COLUMNS),
-            "" if instance is None else instance.series,
+            instance.series if instance is not None and instance.of_slide else "",
         )
 
 

@@ -128,20 +128,20 @@ def read_instance(path: Path) -> Instance | None:
     )
 
 
-def instances_beside(path: Path, series: str) -> tuple[Instance, ...]:
-    """The series' images in the folder of `path`, by UID and then by name.
+def folder_instances(folder: Path) -> tuple[Instance, ...]:
+    """The images of slides in a folder itself, by UID and then by name.
 
     Raises OSError where a file that may be one of them cannot be read; OpenSlide would go on without it.
     """
     found = []
-    for file in path.parent.iterdir():
+    for file in folder.iterdir():
         try:
             instance = read_instance(file)
         except OSError:
             if may_be_dicom(file.name):
                 raise
             continue
-        if instance is not None and instance.of_slide and instance.series == series:
+        if instance is not None and instance.of_slide:
             found.append(instance)
     return tuple(sorted(found, key=lambda i: (i.uid, i.path)))
 
@@ -172,7 +172,7 @@ def slide_instances(path: Path) -> tuple[Instance, ...]:
         how = NOT_READ.get(instance.syntax, instance.syntax)
         message = f"{name} states no series or instance UID that can be read (transfer syntax {how}); convert it to explicit VR"
         raise SlideError(Reason.UNSUPPORTED, message)
-    instances = instances_beside(path, instance.series)
+    instances = tuple(i for i in folder_instances(path.parent) if i.series == instance.series)
     check_series(instances)
     return instances
 
@@ -216,7 +216,7 @@ def _missing(parts: Sequence[Instance]) -> str:
 
 
 def _is_cut(instance: Instance) -> bool:
-    """The pixels end beyond the file: fewer bytes than the frames take, or no mark at the end of compressed ones."""
+    """The pixels end beyond the file: it is smaller than its raw frames, or compressed ones lack the mark at their end."""
     if instance.cut:
         return True
     if instance.syntax in NATIVE:
@@ -278,8 +278,6 @@ def _elements(descriptor: int, size: int) -> Iterator[tuple[tuple[int, int], byt
         else:
             length = int.from_bytes(head[6:], "little")
         if tag == SEQUENCE_END:
-            if not outer:
-                return
             explicit = outer.pop()
         elif tag == ITEM_END or (tag == ITEM and length == UNDEFINED):
             pass  # what is in it follows

@@ -103,8 +103,8 @@ def inspect_file(path: Path) -> SlideFile:
         raise SlideError(Reason.UNSUPPORTED, f"{name} is no sound TIFF: {error}; write it anew") from error
     except SlideError:
         raise
-    except OSError as error:
-        raise no_access(name, error) from error
+    except OSError as error:  # of another file of the slide, where the error names one
+        raise no_access(repr(Path(error.filename).name) if error.filename else name, error) from error
     finally:
         os.close(descriptor)
     _refuse_deep(name, max(d.bits for d in largest(directories)))
