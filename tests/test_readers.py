@@ -768,25 +768,6 @@ def test_fingerprint_of_mirax_covers_the_folder(tmp_path: Path) -> None:
     assert len(seen) == 5
 
 
-def test_fingerprint_of_dicom_is_that_of_its_series(tmp_path: Path) -> None:
-    def instance(name: str, series: bytes, uid: bytes, explicit: bool = True) -> Path:
-        def element(tag: bytes, value: bytes) -> bytes:
-            length = b"UI" + struct.pack("<H", len(value)) if explicit else struct.pack("<I", len(value))
-            return tag + length + value
-
-        elements = element(b"\x08\x00\x18\x00", uid) + element(b"\x20\x00\x0e\x00", series)
-        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + elements + bytes(50))
-        return tmp_path / name
-
-    a, b = instance("a.dcm", b"1.2.3\0", b"1.2.3.1\0"), instance("b.dcm", b"1.2.3\0", b"1.2.3.2\0")
-    other = instance("c.dcm", b"9.9\0", b"9.9.1\0", explicit=False)
-    (tmp_path / "notes.txt").write_text("no slide")
-    assert fingerprint(a) == fingerprint(b) != fingerprint(other)
-    before = fingerprint(a)
-    b.unlink()
-    assert fingerprint(a) != before
-
-
 def test_fingerprint_of_vms_covers_the_named_files(tmp_path: Path) -> None:
     (tmp_path / "v.vms").write_text("[Virtual Microscope Specimen]\nImageFile=one.jpg\n")
     (tmp_path / "one.jpg").write_bytes(b"one")

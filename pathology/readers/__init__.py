@@ -88,6 +88,10 @@ def _open(file: SlideFile, wanted: ReaderName, fast: bool, cache_bytes: int) -> 
     if refused is not None:
         raise refused
     if file.kind not in (Kind.PNG, Kind.JPEG, Kind.TIFF):
+        if wanted == "pillow":
+            raise SlideError(
+                Reason.UNSUPPORTED, f"{file.name} ({file.kind}) is no picture that pillow reads; use --reader auto"
+            )
         message = f"{file.name} ({file.kind}) is of a make that OpenSlide does not read; convert it to a tiled TIFF pyramid"
         raise SlideError(Reason.UNSUPPORTED, message)
     if wanted == "openslide":

@@ -9,12 +9,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from pathology.readers.inspect import DICOM_MAGIC_AT, Kind, SlideFile, inspect_file, mirax_folder, no_access
+from pathology.readers.inspect import Kind, SlideFile, inspect_file, mirax_folder, no_access
 
 ENDS_BYTES = 256 * 1024
 BLOCKS, BLOCK_BYTES = 64, 4096
-DICOM_HEAD_BYTES = 64 * 1024
-SERIES_UID, INSTANCE_UID = b"\x20\x00\x0e\x00", b"\x08\x00\x18\x00"  # tags (0020,000E) and (0008,0018), little endian
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
@@ -30,12 +28,13 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 def fingerprint_file(file: SlideFile) -> str:
     """`fingerprint` of a file that was inspected."""
     try:
-        return _fingerprint(file.path, file.kind)
+        return _fingerprint(file)
     except OSError as error:
         raise no_access(file.name, error) from error
 
 
-def _fingerprint(path: Path, kind: Kind) -> str:
+def _fingerprint(file: SlideFile) -> str:
+    path, kind = file.path, file.kind
     total = hashlib.sha256()
     if kind is Kind.MIRAX:
         _add_named(total, [file for file in mirax_folder(path).iterdir() if file.is_file()])
@@ -43,9 +42,9 @@ def _fingerprint(path: Path, kind: Kind) -> str:
         index = path.read_bytes()
         total.update(index)
         _add_named(total, [file for file in path.parent.iterdir() if os.fsencode(file.name) in index and file.is_file()])
-    elif kind is Kind.DICOM and (instances := _series(path)):
-        for uid, size in instances:
-            total.update(uid + b"\0%d\0" % size)
+    elif kind is Kind.DICOM:
+        for instance in file.instances:
+            total.update(f"{instance.uid}\0{instance.size}\0".encode())
     else:
         total.update(_sample(path))
     return total.hexdigest()
@@ -68,31 +67,3 @@ def _sample(path: Path) -> bytes:
         for at, count in spans:
             digest.update(os.pread(file.fileno(), count, at))
     return digest.digest()
-
-
-def _series(path: Path) -> list[tuple[bytes, int]]:
-    """Sorted (instance UID, size) of the DICOM files beside `path` that share its series; [] where it states no UIDs."""
-    series, instance = _uids(path)
-    if not (series and instance):
-        return []
-    beside = ((file, *_uids(file)) for file in path.parent.iterdir() if file.is_file())
-    return sorted((uid, file.stat().st_size) for file, of, uid in beside if of == series)
-
-
-def _uids(path: Path) -> tuple[bytes, bytes]:
-    """(series UID, instance UID) of a DICOM file, b"" where it has none among its first 64 KiB."""
-    with path.open("rb") as file:
-        head = file.read(DICOM_HEAD_BYTES)
-    if not head[DICOM_MAGIC_AT:].startswith(b"DICM"):
-        return b"", b""
-    return _element(head, SERIES_UID), _element(head, INSTANCE_UID)
-
-
-def _element(head: bytes, tag: bytes) -> bytes:
-    """The value of a UID element, of explicit or implicit type."""
-    at = head.find(tag, DICOM_MAGIC_AT)
-    if at < 0:
-        return b""
-    explicit = head[at + 4 : at + 6] == b"UI"
-    length = int.from_bytes(head[at + 6 : at + 8] if explicit else head[at + 4 : at + 8], "little")
-    return head[at + 8 : at + 8 + length].rstrip(b"\0 ") if length <= 64 else b""

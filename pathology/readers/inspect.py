@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pathology.errors import Reason, SlideError
+from pathology.readers.dicom import MAGIC, MAGIC_AT, Instance, slide_instances
 from pathology.readers.tiff import MAGICS, CutShort, Directory, Malformed, largest, read_directories
 
 
@@ -38,19 +39,23 @@ HEADS = (
     (b"ZISRAWFILE", Kind.OTHER),
     (b"SQLite format 3\0", Kind.OTHER),
 )
-DICOM_MAGIC_AT = 128
 PNG_BITS_AT = 24
 CMYK = 5  # TIFF's PhotometricInterpretation
 
 
 @dataclass(frozen=True, slots=True)
 class SlideFile:
-    """A regular, readable file of a known kind; `directories` of a TIFF, all within the file, otherwise ()."""
+    """A regular, readable file of a known kind.
+
+    directories  of a TIFF, all within the file
+    instances    of a DICOM slide, all of its images
+    """
 
     path: Path
     size: int
     kind: Kind
     directories: tuple[Directory, ...] = ()
+    instances: tuple[Instance, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,6 +92,8 @@ def inspect_file(path: Path) -> SlideFile:
             raise SlideError(Reason.NOT_A_SLIDE, message)
         if kind is Kind.PNG:
             _refuse_deep(name, *head[PNG_BITS_AT : PNG_BITS_AT + 1])
+        if kind is Kind.DICOM:
+            return SlideFile(path, status.st_size, kind, instances=slide_instances(path))
         if kind is not Kind.TIFF:
             return SlideFile(path, status.st_size, kind)
         directories = read_directories(descriptor, status.st_size)
@@ -96,8 +103,8 @@ def inspect_file(path: Path) -> SlideFile:
         raise SlideError(Reason.UNSUPPORTED, f"{name} is no sound TIFF: {error}; write it anew") from error
     except SlideError:
         raise
-    except OSError as error:
-        raise no_access(name, error) from error
+    except OSError as error:  # of another file of the slide, where the error names one
+        raise no_access(repr(Path(error.filename).name) if error.filename else name, error) from error
     finally:
         os.close(descriptor)
     _refuse_deep(name, max(d.bits for d in largest(directories)))
@@ -119,7 +126,7 @@ def mirax_folder(path: Path) -> Path:
 
 
 def _kind(head: bytes) -> Kind | None:
-    if head[DICOM_MAGIC_AT:].startswith(b"DICM"):
+    if head[MAGIC_AT:].startswith(MAGIC):
         return Kind.DICOM
     return next((kind for magic, kind in HEADS if head.startswith(magic)), None)
 
