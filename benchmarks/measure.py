@@ -35,6 +35,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str], memory: bool
     memory  sample the memory of all processes ten times a second, which itself takes time: not for timings
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    before = _children(os.getpid())
     with tempfile.TemporaryFile("w+") as log:
         began = time.perf_counter()
         child = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment))
@@ -43,11 +44,8 @@ def measure(command: Sequence[str], environment: Mapping[str, str], memory: bool
         wall = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
         cpu = usage.ru_utime + usage.ru_stime
-        while True:  # what it left behind, for instance workers that end after it
-            try:
-                _, _, usage = os.wait4(-1, 0)
-            except ChildProcessError:
-                break
+        while left := sorted(_children(os.getpid()) - before):  # what it left behind, for instance workers that end after it
+            _, _, usage = os.wait4(left[0], 0)
             cpu += usage.ru_utime + usage.ru_stime
         highest = peak.stop() if peak else 0
         log.seek(0)
@@ -78,6 +76,21 @@ class _Peak:
 
 def descendants(root: int) -> list[int]:
     """Process ids of all processes below `root`."""
+    children = _families()
+    found, waiting = [], [root]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def _children(parent: int) -> set[int]:
+    return set(_families().get(parent, []))
+
+
+def _families() -> dict[int, list[int]]:
+    """Process ids by their parent's."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -86,12 +99,7 @@ def descendants(root: int) -> list[int]:
             except (OSError, IndexError):
                 continue
             children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [root]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
+    return children
 
 
 def pss(pid: int) -> int:

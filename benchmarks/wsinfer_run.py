@@ -2,8 +2,8 @@
 
     python wsinfer_run.py FOLDER_OF_SLIDES RESULTS --model FOLDER [--workers 2] [--batch 32]
 
-FOLDER holds config.json and torchscript_model.pt. Two things are put right before WSInfer is imported: torchvision asks for operators
-that only its CUDA build registers, and the model zoo's registry would be fetched even for a model given by path.
+FOLDER holds config.json and torchscript_model.pt. Two things are put right before WSInfer is imported: torchvision asks for
+operators that only its CUDA build registers, and the model zoo's registry would be fetched even for a model given by path.
 """
 
 from __future__ import annotations

@@ -22,7 +22,16 @@ from pipelines.cli import main
 
 def test_it_measures_reading_the_model_and_both(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "s.svs", [smooth_pixels(400, 400)], compression="jpeg")
-    options = ["--model", "pathology.testing:mean_colour?tile_px=32", "--slide", str(path), "--tiles", "60", "--batch-size", "8"]
+    options = [
+        "--model",
+        "pathology.testing:mean_colour?tile_px=32",
+        "--slide",
+        str(path),
+        "--tiles",
+        "60",
+        "--batch-size",
+        "8",
+    ]
     done = CliRunner().invoke(main, ["benchmark", *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "60 tiles" in done.output
@@ -57,7 +66,8 @@ def test_slides_are_aperio_and_real(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_all_processes_of_a_command_count() -> None:
     burn = "import time; t = time.process_time()\nwhile time.process_time() - t < 0.4: pass"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {burn!r}])"
-    script = f"from benchmarks.measure import measure; import os, sys; print(measure([sys.executable, '-c', {code!r}], os.environ).cpu_s)"
+    command = f"[sys.executable, '-c', {code!r}]"
+    script = f"import os, sys; from benchmarks.measure import measure; print(measure({command}, os.environ).cpu_s)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.4  # the child outlives the command, and is waited for
 

@@ -70,11 +70,12 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
+        self._close = os.close  # `os` itself may be gone by the time the interpreter ends
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            self._close(self.descriptor)
 
 
 class DirectReader:
