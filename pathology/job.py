@@ -44,7 +44,8 @@ class Job:
     reader       which reader gives the pixels; "auto": the first that suits the file
     fast_decode  decode JPEG at a reduced scale where a coarser picture is wanted: other pixels, sooner
     memory       bytes that a worker may hold in tiles, windows and canvases
-    stage        folder on a local disk that slides are copied to ahead of use; None: read where they are
+    stage        folder on a local disk that slides are copied to ahead of use; None: read where they are. In a worker: the
+                 folder that holds this slide's copy
     stage_bytes  most bytes of slides in `stage` at once
     overwrite    replace results that were made from other inputs or parameters
     strict       refuse to finish a slide whose regions come from different environments

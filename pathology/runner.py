@@ -11,13 +11,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pathology import worker
 from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError
+from pathology.events import emit
+from pathology.finish import MANIFEST
 from pathology.job import Job
+from pathology.models import load_spec
 from pathology.schedule import Done, Tasks, open_tasks
+from pathology.staging import Stage, open_stage
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
@@ -27,6 +33,9 @@ SLIDES_TRIED = 4
 LOOK = "look"
 # After a stop, this long for tasks that run to end by themselves.
 DRAIN_S = 8.0
+
+# On the tasks' queue: no task has ended, but something else has changed.
+_WAKE = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +55,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Something happened: "planned" with forward passes to come, "region" with forward passes done, both of one job."""
+    """Something happened: "planned" with forward passes to come, "region" with forward passes done, both of one job;
+    "in-place": the slide is read where it lies although it was to be staged, and the message says why."""
 
-    event: Literal["planned", "region"]
+    event: Literal["planned", "region", "in-place"]
     job: Job
     tiles: int
+    message: str = ""
 
 
 class Interrupted(PathologyError):
@@ -93,12 +104,17 @@ def run(
     Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
     EnvironmentFault where output, disk, device or the slides' share fail.
     """
-    tasks = open_tasks(scheduler, devices, dashboard)
-    try:
-        processes = devices if scheduler == "processes" else 1
-        yield from _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes).outcomes()
-    finally:
-        tasks.close()
+    if scheduler.startswith("tcp://") and any(job.stage for job in jobs):
+        message = f"--stage copies to a disk of this machine, which workers of {scheduler} may not see; leave it out"
+        raise UsageError(message)
+    processes = devices if scheduler == "processes" else 1
+    with open_stage(jobs) or nullcontext() as stage:
+        tasks = open_tasks(scheduler, devices, dashboard)
+        try:
+            window = _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage)
+            yield from window.outcomes()
+        finally:
+            tasks.close()
 
 
 class _Window:
@@ -111,12 +127,15 @@ class _Window:
         progress: Callable[[Progress], None],
         stop: threading.Event,
         processes: int,  # that share a machine's cores
+        stage: Stage | None,
     ) -> None:
         self._processes = processes
-        self._states = [_State(job) for job in jobs]
+        # Where a copy of the slide lies is told to workers, task by task, once there is one.
+        self._states = [_State(replace(job, stage=None)) for job in jobs]
         self._tasks = tasks
         self._progress = progress
         self._stop = stop
+        self._stage = stage
         self._running: set[_Task] = set()
         self._looking = False  # a first look at a slide is under way
         self._next = 0  # the first job not yet being prepared
@@ -126,6 +145,8 @@ class _Window:
 
     def outcomes(self) -> Iterator[Outcome]:
         self._check_models()
+        if self._stage is not None:
+            self._stage.start(_needed, lambda: self._tasks.done.put(Done(_WAKE)))
         room = 1 if self._tasks.in_order else 2 * self._tasks.slots()
         while True:
             if self._stop.is_set():
@@ -133,13 +154,15 @@ class _Window:
                 raise Interrupted("the run was stopped; finished regions are kept: run the same command again to go on")
             while (task := self._choose(room)) is not None:
                 self._submit(task)
-            if not self._running:
+            if not self._running and self._next == len(self._states):
                 return
             try:
                 done = self._tasks.done.get(timeout=0.2)
             except queue.Empty:
                 continue
-            outcome = self._handle(done) if done.token != LOOK else None
+            if done.token is _WAKE or done.token == LOOK:
+                continue
+            outcome = self._handle(done)
             if outcome is not None:
                 yield outcome
 
@@ -196,7 +219,7 @@ class _Window:
         if self._first:
             return self._first.popleft()
         preparing = sum(task.kind == "prepare" for task in self._running)
-        if self._next < len(self._states) and len(self._active) + preparing < SLIDES_AHEAD:
+        if self._next_is_ready() and len(self._active) + preparing < SLIDES_AHEAD:
             self._next += 1
             return _Task("prepare", self._next - 1)
         while self._active:
@@ -205,21 +228,41 @@ class _Window:
             if state.todo and not state.failed:
                 return _Task("region", place, state.todo.popleft())
             self._active.popleft()
-        if self._next < len(self._states) and preparing < SLIDES_AHEAD:
+        if preparing < SLIDES_AHEAD and self._next_is_ready():
             self._next += 1
             return _Task("prepare", self._next - 1)
         return None
+
+    def _next_is_ready(self) -> bool:
+        """Whether there is a job left to prepare and its slide lies where it will be read."""
+        if self._next == len(self._states):
+            return False
+        return self._stage is None or self._stage.ready(self._next, SLIDES_AHEAD)
 
     def _submit(self, task: _Task) -> None:
         state = self._states[task.place]
         state.running += 1
         self._running.add(task)
+        job = state.job if self._stage is None else replace(state.job, stage=self._stage.folder(task.place))
         if task.kind == "prepare":
-            self._tasks.submit(task, worker.prepare, state.job)
+            self._report_staging(task.place)
+            self._tasks.submit(task, worker.prepare, job)
         elif task.kind == "region":
-            self._tasks.submit(task, worker.run_region, state.job, task.region, self._tasks.in_order)
+            self._tasks.submit(task, worker.run_region, job, task.region, self._tasks.in_order)
         else:
-            self._tasks.submit(task, worker.finish_slide, state.job)
+            self._tasks.submit(task, worker.finish_slide, job)
+
+    def _report_staging(self, place: int) -> None:
+        copy = None if self._stage is None else self._stage.begun(place)
+        if copy is None:
+            return
+        job = self._states[place].job
+        if copy.bytes:
+            fields = {"slide": job.slide_id, "bytes": copy.bytes, "seconds": round(copy.seconds, 6)}
+            emit(Path(job.out), "slide-staged", fields)
+        elif copy.why:
+            emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": copy.why})
+            self._progress(Progress("in-place", job, 0, copy.why))
 
     def _handle(self, done: Done) -> Outcome | None:
         task = done.token
@@ -227,6 +270,13 @@ class _Window:
         self._running.discard(task)
         state = self._states[task.place]
         state.running -= 1
+        outcome = self._consider(task, state, done)
+        if self._stage is not None and (outcome is not None or state.failed) and not state.running:
+            self._stage.end(task.place)
+        return outcome
+
+    def _consider(self, task: _Task, state: _State, done: Done) -> Outcome | None:
+        """What a task's end means for its job; the outcome if the job has ended with it."""
         if state.failed:
             return None
         if done.died and task.deaths == 0:
@@ -281,6 +331,11 @@ class _Window:
                 return
             if isinstance(done.token, _Task):
                 self._running.discard(done.token)
+
+
+def _needed(job: Job) -> bool:
+    """Whether a job will read its slide. Where a result stands, `prepare` looks at it with a few reads in place."""
+    return job.overwrite or not (job.result_folder(load_spec(job.model).name) / MANIFEST).exists()
 
 
 def _line(error: BaseException) -> str:

@@ -30,6 +30,7 @@ from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read
 from pathology.grid import TileGrid
 from pathology.infer import Tile, infer_region
 from pathology.job import Job, key_difference, key_of
+from pathology.memory import CACHE_SHARE
 from pathology.model import Model, ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
@@ -37,6 +38,7 @@ from pathology.plan import Plan, make_plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.readers import open_slide
 from pathology.slide import Slide
+from pathology.staging import slide_path
 from pathology.threads import Split, measure_model, measure_reading, split_threads
 from pathology.thumbnail import LARGEST_PX, picture
 from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
@@ -306,25 +308,28 @@ def _work(job: Job, slide: Slide, spec: ModelSpec) -> tuple[Work, Plan]:
 
 def _slide(job: Job) -> Slide:
     """The job's slide, opened once per process as long as the file stays the same."""
+    path = slide_path(job)
     try:
-        state = Path(job.slide).stat()
+        state = path.stat()
     except OSError:
         stamp: tuple[int, ...] = ()
     else:
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
-    name = (job.slide, job.slide_mpp, job.force, job.reader, job.fast_decode, *stamp)
+    name = (path, job.slide_mpp, job.force, job.reader, job.fast_decode, *stamp)
     with _kept.lock:
         if name in _kept.slides:
             _kept.slides.move_to_end(name)
             return _kept.slides[name]
+    if job.stage is not None and path == Path(job.slide):
+        emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
     try:
         slide = open_slide(
-            job.slide,
+            path,
             job.slide_mpp,
             force=job.force,
             reader=job.reader,
             fast_decode=job.fast_decode,
-            cache_bytes=job.memory // 4,
+            cache_bytes=job.memory // CACHE_SHARE,
         )
     except SlideError as error:
         root = Path(job.root)

@@ -139,11 +139,19 @@ class _Report:
         self._describe()
 
     def progress(self, step: Progress) -> None:
-        if step.event == "planned":
+        if step.event == "in-place":
+            self._in_place(step)
+        elif step.event == "planned":
             self._bar.total += step.tiles
             self._bar.refresh()
         else:
             self._bar.update(step.tiles)
+
+    def _in_place(self, step: Progress) -> None:
+        if self._json:
+            self.line(json.dumps({"event": "in-place", "slide": step.job.slide, "id": step.job.slide_id, "why": step.message}))
+        else:
+            self.line(f"in place  {step.job.slide_id}  is read where it lies: {step.message}")
 
     def outcome(self, outcome: Outcome, model_name: str) -> None:
         self._ended += 1

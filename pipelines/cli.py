@@ -151,6 +151,17 @@ def job_options(command: Command) -> Command:
 @click.option("--max-failures", type=int, help="Stop after more than N failed or partial slides.")
 @click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed or partial slides.")
 @click.option("--strict", is_flag=True, help="Refuse a slide whose regions were computed in different environments.")
+@click.option(
+    "--stage", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Copy slides to this local disk first."
+)
+@click.option(
+    "--stage-size",
+    metavar="GIB",
+    type=click.FloatRange(min=0, min_open=True),
+    default=64,
+    show_default=True,
+    help="Most GiB of slides there at once; a larger slide is read in place.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @one_line_errors
 def run(
@@ -168,6 +179,8 @@ def run(
     limit: int | None,
     overwrite: bool,
     strict: bool,
+    stage: Path | None,
+    stage_size: float,
     **options: Any,
 ) -> None:
     """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv)."""
@@ -186,7 +199,15 @@ def run(
         allow_failures=allow_failures,
         log_format=log_format,
     )
-    settings = _settings(**options, device=device, threads=threads, overwrite=overwrite, strict=strict)
+    settings = _settings(
+        **options,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        strict=strict,
+        stage=stage,
+        stage_bytes=int(stage_size * 2**30),
+    )
     sys.exit(run_batch(_slides(slides, limit, settings), models, settings, conduct))
 
 

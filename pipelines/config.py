@@ -34,6 +34,8 @@ class Settings:
     on_bad_tile: Literal["mask", "fail"] = "mask"
     overwrite: bool = False
     strict: bool = False
+    stage: Path | None = None
+    stage_bytes: int = 64 * 2**30
 
 
 # Of the memory that is free, a worker's tiles, windows and canvases get this share, and no more than the second by themselves:
@@ -83,6 +85,8 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             on_bad_tile=settings.on_bad_tile,
             overwrite=settings.overwrite,
             strict=settings.strict,
+            stage=None if settings.stage is None else str(settings.stage.absolute()),
+            stage_bytes=settings.stage_bytes,
             columns=slide.columns,
         )
         for slide in slides

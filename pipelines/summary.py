@@ -96,9 +96,11 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _asked(job: Job) -> str:
-    """A hash of all that was asked and of the file as it lay there: a failure stands only as long as neither changes."""
-    asked = asdict(job)
-    del asked["threads"], asked["readers"]  # measured anew by every run
+    """A hash of all that was asked and of the file as it lay there: a failure stands only as long as neither changes.
+
+    Where the slide is copied to for reading is not asked of the result, and threads and readers are measured anew by every run.
+    """
+    asked = {name: value for name, value in asdict(job).items() if name not in ("stage", "stage_bytes", "threads", "readers")}
     try:
         state = Path(job.slide).stat()
     except OSError:

@@ -71,6 +71,7 @@ ORDER = [
     "pathology.finish",
     "pathology.integrity",
     "pathology.export.result",
+    "pathology.staging",
     "pathology.worker",
     "pathology.schedule",
     "pathology.runner",

@@ -62,6 +62,18 @@ class SlideFile:
         """For messages: quoted, and on one line whatever the name is."""
         return repr(self.path.name)
 
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """All files of the slide, in or below its folder: MIRAX: the index and those in its folder; VMS: the index and those
+        it names; DICOM: those of the series; otherwise the file itself. Raises OSError."""
+        if self.kind is Kind.MIRAX:
+            return (self.path, *sorted(file for file in mirax_folder(self.path).iterdir() if file.is_file()))
+        if self.kind is Kind.VMS:
+            index = self.path.read_bytes()
+            beside = (file for file in self.path.parent.iterdir() if os.fsencode(file.name) in index and file.is_file())
+            return (self.path, *sorted(file for file in beside if file != self.path))
+        return tuple(instance.path for instance in self.instances) or (self.path,)
+
 
 def inspect_file(path: Path) -> SlideFile:
     """The facts of the file at `path`; raises SlideError with its reason where no reader could open it."""
