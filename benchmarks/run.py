@@ -32,7 +32,12 @@ COMMAND = str(Path(sys.executable).parent / "pathology")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 # Versions that peers were asked for by; torch is pinned so that pip takes the CPU build there is.
-PEERS = {"pyvips": ["pyvips[binary]==3.0.0", "numpy"]}
+PEERS = {
+    "pyvips": ["pyvips[binary]==3.0.0", "numpy"],
+    "wsinfer": ["torch==2.13.0", "wsinfer==0.6.1", "zarr<3", "openslide-python", "openslide-bin"],
+}
+# Installed beside them without their own requirements, which would replace torch.
+PEERS_ALONE = {"wsinfer": ["torchvision==0.28.0"]}
 
 Row = dict[str, float | str]
 Contestant = Callable[[], Cost]
@@ -218,7 +223,52 @@ def twice(runs: int) -> dict[str, dict[str, Row]]:
     return {"twice": alternately(contestants, runs)}
 
 
-PARTS = {f.__name__: f for f in (reading, whole, resnet18, roofs, memory, twice)}
+def wsinfer(runs: int) -> dict[str, dict[str, Row]]:
+    """WSInfer 0.6.1 and this project, whole commands, tiny CNN; tiles are what each finds tissue in."""
+    python = peer("wsinfer")
+    if python is None:
+        return {}
+    import torch
+
+    from benchmarks.networks import MEAN, STD, make
+
+    folder, slides = CACHE / "wsinfer-tiny", CACHE / "wsinfer-slides"
+    folder.mkdir(exist_ok=True)
+    slides.mkdir(exist_ok=True)
+    torch.jit.trace(make("tiny"), torch.zeros(2, 3, 224, 224)).save(str(folder / "torchscript_model.pt"))
+    transform = [
+        {"name": "Resize", "arguments": {"size": 224}},
+        {"name": "ToTensor"},
+        {"name": "Normalize", "arguments": {"mean": MEAN, "std": STD}},
+    ]
+    card = {"spec_version": "1.0", "architecture": "tiny", "num_classes": 2, "patch_size_pixels": 224, "spacing_um_px": 0.5}
+    (folder / "config.json").write_text(json.dumps({**card, "class_names": ["a", "b"], "transform": transform}))
+    shutil.rmtree(slides)
+    slides.mkdir()
+    (slides / "s40.svs").symlink_to(slide("s40"))
+
+    def theirs() -> Row:
+        out = CACHE / "out-wsinfer"
+        shutil.rmtree(out, ignore_errors=True)
+        command = [python, str(HERE / "wsinfer_run.py"), str(slides), str(out), "--model", str(folder)]
+        cost = measure(command, ENVIRONMENT)
+        done = sum(1 for _ in (out / "model-outputs-csv" / "s40.csv").open()) - 1
+        return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s, "tiles": float(done), "wall_ms_per_tile": 1e3 * cost.wall_s / done}
+
+    def mine(*options: str) -> Row:
+        cost = ours("s40", "tiny", *options)
+        done = count("s40")
+        return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s, "tiles": float(done), "wall_ms_per_tile": 1e3 * cost.wall_s / done}
+
+    contestants: dict[str, Callable[[], Row]] = {
+        "WSInfer": theirs,
+        "ours, exact": mine,
+        "ours, fast-decode": lambda: mine("--fast-decode"),
+    }
+    return {"s40": alternately(contestants, runs)}
+
+
+PARTS = {f.__name__: f for f in (reading, whole, resnet18, wsinfer, roofs, memory, twice)}
 
 
 def peer(name: str) -> str | None:
@@ -250,7 +300,7 @@ def write_page(results: dict[str, dict[str, dict[str, Row]]]) -> None:
         for title, rows in results[part].items():
             names = list(next(iter(rows.values())))
             basis = next(iter(rows.values()))
-            compare = part in ("reading", "whole", "resnet18")
+            compare = part in ("reading", "whole", "resnet18", "wsinfer")
             head = ["", *names, *(f"x {k}" for k in names if compare)]
             if part == "whole":
                 head += ["tiles/s", "mm2/s"]

@@ -130,8 +130,7 @@ class _Window:
         stage: Stage | None,
     ) -> None:
         self._processes = processes
-        # Where a copy of the slide lies is told to workers, task by task, once there is one.
-        self._states = [_State(replace(job, stage=None)) for job in jobs]
+        self._states = [_State(job) for job in jobs]
         self._tasks = tasks
         self._progress = progress
         self._stop = stop
@@ -171,16 +170,18 @@ class _Window:
         if self._states and not self._tasks.in_order:
             # While a worker loads torch for the first model, another of its threads can look at the first slide.
             self._looking = True
-            self._tasks.submit(LOOK, worker.look, self._states[0].job)
+            self._tasks.submit(LOOK, worker.look, replace(self._states[0].job, stage=None))
         for state in self._states:
             shared.setdefault(worker.model_of(state.job), []).append(state)
         for states in shared.values():
-            job = states[0].job
+            job = replace(states[0].job, stage=None)
             done = self._alone(worker.check_model, job)
             if done.died:
                 raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
             if not done.error and not (job.threads and job.readers):
-                done = self._alone(worker.divide_cores, tuple(s.job for s in states[:SLIDES_TRIED]), self._processes)
+                done = self._alone(
+                    worker.divide_cores, tuple(replace(s.job, stage=None) for s in states[:SLIDES_TRIED]), self._processes
+                )
                 if done.died:  # a slide's fault; whose, will be seen when its turn comes
                     done = self._alone(worker.divide_cores, (job,), self._processes, False)
                 if not done.error:
@@ -243,7 +244,8 @@ class _Window:
         state = self._states[task.place]
         state.running += 1
         self._running.add(task)
-        job = state.job if self._stage is None else replace(state.job, stage=self._stage.folder(task.place))
+        # Where a copy of the slide lies is told task by task, once there is one.
+        job = replace(state.job, stage=None if self._stage is None else self._stage.folder(task.place))
         if task.kind == "prepare":
             self._report_staging(task.place)
             self._tasks.submit(task, worker.prepare, job)

@@ -146,6 +146,8 @@ def prepare(job: Job) -> Prepared:
     Raises SlideError for a slide that cannot be worked on, UsageError for a result or work made otherwise,
     EnvironmentFault where the place the slides come from is gone.
     """
+    if job.stage is not None and slide_path(job) == Path(job.slide):
+        emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
     slide, spec = _slide(job), _model(job).spec
     fields = key_fields(job, slide, spec)
     work = Work(job.work_folder(spec.name), fields)
@@ -320,8 +322,6 @@ def _slide(job: Job) -> Slide:
         if name in _kept.slides:
             _kept.slides.move_to_end(name)
             return _kept.slides[name]
-    if job.stage is not None and path == Path(job.slide):
-        emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
     try:
         slide = open_slide(
             path,

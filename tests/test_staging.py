@@ -22,14 +22,19 @@ from pathology.errors import EnvironmentFault, UsageError
 from pathology.events import read_events
 from pathology.finish import read_manifest
 from pathology.job import Job
-from pathology.runner import Progress, run
+from pathology.runner import Interrupted, Progress, run
 from pathology.staging import Copy, Stage, open_stage, slide_path
 from pipelines.cli import main
 from pipelines.slides import find_slides
-from tests.dicom_slides import write_dicom
+from tests.dicom_slides import write_series
 from tests.slides import cut, smooth_pixels, write_tiff
 
 MODEL = "pathology.testing:mean_colour?tile_px=64&mpp=0.5"
+
+
+def told(stage: Stage, place: int) -> Job:
+    """The job as a worker gets it."""
+    return replace(stage._jobs[place], stage=stage.folder(place))
 
 
 def command(*arguments: object) -> Result:
@@ -65,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "slides").mkdir()
     for name in "abc":
         write_tiff(tmp_path / "slides" / f"{name}.svs", [smooth_pixels(300, 400, seed=ord(name))], compression=None)
-    write_dicom(tmp_path / "slides" / "d", smooth_pixels(300, 200))
+    write_series(tmp_path / "slides" / "d", "1.2.840.9", smooth_pixels(300, 200))
     cut(write_tiff(tmp_path / "slides" / "cut.svs", [smooth_pixels(300, 400)], compression=None), 0.5)
     return tmp_path / "slides"
 
@@ -127,7 +132,7 @@ def test_the_copies_never_take_more_than_the_bound(folder: Path, tmp_path: Path,
     done = command(folder, "--out", tmp_path / "out", "--stage", disk, "--stage-size", bound / 2**30)
     assert done.exit_code == 1, done.output
     assert len(events(tmp_path / "out", "slide-staged")) == 4
-    assert len(seen) == 5  # files: three TIFFs, a series of two
+    assert len(seen) == 6  # files: three TIFFs, a series of two levels and a label
     assert 0 < max(seen) <= bound
 
 
@@ -181,7 +186,7 @@ def one_copy(job: Job, copy: Callable[[Stage, Path, Path, int], None]) -> Copy:
     with pytest.MonkeyPatch.context() as patch, open_stage([job]) as stage:
         patch.setattr(Stage, "_copy", copy)
         wait_for(stage, 0)
-        assert stage.job(0).stage is None
+        assert told(stage, 0).stage is None
         assert held_bytes(Path(job.stage)) == 0
         found = stage.begun(0)
     assert found is not None
@@ -228,8 +233,8 @@ def test_runs_that_share_the_folder_keep_to_their_own(folder: Path, tmp_path: Pa
         with open_stage([job]) as second:
             wait_for(second, 0)
             assert len(list((tmp_path / "disk").iterdir())) == 2
-            assert slide_path(first.job(0)) != slide_path(second.job(0))
-        assert slide_path(first.job(0)).read_bytes() == (folder / "a.svs").read_bytes()
+            assert slide_path(told(first, 0)) != slide_path(told(second, 0))
+        assert slide_path(told(first, 0)).read_bytes() == (folder / "a.svs").read_bytes()
     assert list((tmp_path / "disk").iterdir()) == []
 
 
@@ -238,8 +243,8 @@ def test_jobs_of_one_slide_share_a_copy_and_a_slide_that_comes_again_is_copied_a
     a, b = (a_job(folder / f"{name}.svs", tmp_path / "disk", stage_bytes=bound) for name in "ab")
     with open_stage([a, replace(a, overlap=0.5), b, a]) as stage:
         wait_for(stage, 0, 1)
-        copy = slide_path(stage.job(0))
-        assert copy == slide_path(stage.job(1)) != Path(a.slide)
+        copy = slide_path(told(stage, 0))
+        assert copy == slide_path(told(stage, 1)) != Path(a.slide)
         assert (stage.begun(0) is None, stage.begun(1) is None) == (False, True)
         stage.end(0)
         assert copy.exists()
@@ -251,7 +256,7 @@ def test_jobs_of_one_slide_share_a_copy_and_a_slide_that_comes_again_is_copied_a
         for place in (2, 3):
             while not stage.ready(place, 5):
                 stage._copies[place - 1].result(timeout=20)
-            assert slide_path(stage.job(place)).exists()
+            assert slide_path(told(stage, place)).exists()
             stage.end(place)
         assert held_bytes(tmp_path / "disk") == 0
 
@@ -297,6 +302,31 @@ def test_a_copy_that_is_lost_is_said_and_the_slide_read_in_place(
     assert command(folder / "a.svs", "--out", tmp_path / "out", "--stage", tmp_path / "disk").exit_code == 0
     (event,) = events(tmp_path / "out", "slide-in-place")
     assert "is gone" in str(event["why"])
+
+
+def test_slides_of_several_files_are_copied_whole(tmp_path: Path) -> None:
+    source = tmp_path / "slides"
+    (source / "m").mkdir(parents=True)
+    (source / "m.mrxs").touch()
+    (source / "m" / "Slidedat.ini").write_text("[GENERAL]\n")
+    (source / "m" / "Data0001.dat").write_bytes(b"pixels")
+    (source / "v.vms").write_text("[Virtual Microscope Specimen]\nImageFile=one.jpg\n")
+    (source / "one.jpg").write_bytes(b"one")
+    (source / "other.jpg").write_bytes(b"other")
+    with open_stage([a_job(source / name, tmp_path / "disk") for name in ("m.mrxs", "v.vms")]) as stage:
+        wait_for(stage, 0, 1)
+        for place, names in enumerate((["m/Data0001.dat", "m/Slidedat.ini", "m.mrxs"], ["one.jpg", "v.vms"])):
+            folder = slide_path(told(stage, place)).parent
+            copied = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            assert copied == {name: (source / name).read_bytes() for name in names}
+
+
+def test_a_run_that_is_stopped_leaves_no_copy(folder: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    jobs = [a_job(folder / f"{name}.svs", tmp_path / "disk") for name in "ab"]
+    with pytest.raises(Interrupted):
+        list(run(jobs, "sync", progress=lambda _: stop.set(), stop=stop))
+    assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_staging_is_refused_where_it_cannot_help(folder: Path, tmp_path: Path) -> None:
