@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,12 @@ from pathology.geometry import Box
 from pathology.job import Job
 from pathology.model import ModelSpec
 from pathology.plan import Plan
-from pathology.result import Heatmap, open_heatmap
 from pathology.slide import Slide
-from pathology.store import STORE_NAME, HeatmapMeta, HeatmapSummary, write_heatmap
 from pathology.work import Work
+
+if TYPE_CHECKING:  # they bring zarr, which a run's driver has no use for
+    from pathology.result import Heatmap
+    from pathology.store import HeatmapSummary
 
 MANIFEST, RESULT, OVERLAY, TILES = "manifest.json", "result.json", "overlay.png", "tiles.parquet"
 BAD_TILES = "bad_tiles.csv"
@@ -50,6 +52,9 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> d
     Raises UsageError where `job.strict` and regions were computed in different environments, SlideError(CORRUPT_TILES)
     where no tile at all could be read.
     """
+    from pathology.result import open_heatmap
+    from pathology.store import STORE_NAME
+
     environments = _environments(work, plan, job)
     bad_tiles = sorted({(row, col) for region in plan.regions for row, col in work.marker(region.index)["bad_tiles"]})
     if bad_tiles and len(bad_tiles) == len(plan.tiles):
@@ -123,6 +128,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write_store(path: Path, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> HeatmapSummary:
+    from pathology.store import HeatmapMeta, write_heatmap
+
     provenance = {"key": work.key, "fields": work.fields}
     meta = HeatmapMeta(plan.frame, spec, plan.grid.tile_px, plan.grid.stride_px, slide.info.fingerprint, provenance)
     return write_heatmap(path, meta, functools.partial(_gather, work, plan, len(spec.classes)))

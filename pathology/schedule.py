@@ -158,7 +158,14 @@ WORKER_ENVIRONMENT = {
 
 
 # Not torch: it takes as long to load as all the rest, time in which the first worker can look at the first slide.
-WORKER_MODULES = ["distributed.nanny", "pathology.worker", "pathology.readers.direct", "pathology.readers.openslide_reader"]
+WORKER_MODULES = [
+    "distributed.nanny",
+    "pathology.worker",
+    "pathology.result",
+    "pathology.store",
+    "pathology.readers.direct",
+    "pathology.readers.openslide_reader",
+]
 
 
 def prestart() -> None:
