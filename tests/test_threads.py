@@ -170,7 +170,7 @@ def test_a_slide_that_kills_the_measuring_worker_is_no_fault_of_the_model(refere
             super().submit(token, function, *arguments)
 
     job = replace(reference_job, out=str(tmp_path), threads=1, readers=0)
-    (outcome,) = _Window([job], Mortal(), lambda _: None, threading.Event(), 1).outcomes()
+    (outcome,) = _Window([job], Mortal(), lambda _: None, threading.Event(), 1, None).outcomes()
     assert outcome.status == "ok"
     assert outcome.job.readers >= 1
     assert Mortal.asked == [(1,), (1, False)]
