@@ -39,6 +39,9 @@ PEERS = {
 # Installed beside them without their own requirements, which would replace torch.
 PEERS_ALONE = {"wsinfer": ["torchvision==0.28.0"]}
 
+# Slides that `whole` is restricted to, if any.
+ASKED: list[str] = []
+
 Row = dict[str, float | str]
 Contestant = Callable[[], Cost]
 
@@ -157,7 +160,7 @@ def reading(runs: int) -> dict[str, dict[str, Row]]:
 def whole(runs: int) -> dict[str, dict[str, Row]]:
     """The whole command with its default outputs, tiny CNN, against the plain script with its better number of threads."""
     found = {}
-    for name in ("s20small", "s20", "s40small", "s40"):
+    for name in ASKED or ("s20small", "s20", "s40small", "s40"):
         contestants: dict[str, Callable[[], Row]] = {
             "plain script": timed(lambda name=name: plain(name, "tiny", 1)),
             "ours, exact": timed(lambda name=name: ours(name, "tiny")),
@@ -364,7 +367,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run the benchmarks and write docs/benchmarks.md.")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--slide", action="append", default=[], help="for `whole`: only this slide; several: repeat")
     options = parser.parse_args()
+    ASKED.extend(options.slide)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     if options.runs < 1:
@@ -374,7 +379,7 @@ def main() -> None:
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for part in options.parts or PARTS:
         print(f"{part}: {(PARTS[part].__doc__ or '').splitlines()[0]}", flush=True)
-        results[part] = PARTS[part](options.runs)
+        results.setdefault(part, {}).update(PARTS[part](options.runs))
         kept.write_text(json.dumps(results, indent=1))
     write_page(results)
 

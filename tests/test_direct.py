@@ -276,6 +276,22 @@ def test_what_cannot_be_decoded_here_is_left_to_openslide(tmp_path: Path, monkey
         assert "aperio" in slide.info.reader_why
 
 
+def test_a_make_whose_tiles_come_out_otherwise_is_left_to_openslide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiff(tmp_path / "s.svs", [noise_pixels(90, 90)])
+    decode = TileCodec.decode
+    monkeypatch.setattr(TileCodec, "decode", lambda codec, data, out=None: decode(codec, data, out) ^ 1)
+    with open_slide(path) as slide:
+        assert slide.info.reader.startswith("openslide")
+        assert "otherwise" in slide.info.reader_why
+
+    def refuse(codec: TileCodec, data: bytes, out: Pixels | None = None) -> Pixels:
+        raise Corrupt("never seen")
+
+    monkeypatch.setattr(TileCodec, "decode", refuse)
+    with pytest.raises(SlideError, match="otherwise"):
+        open_slide(path, reader="direct")
+
+
 # --- each tile once
 
 

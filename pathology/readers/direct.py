@@ -282,6 +282,8 @@ def open_direct(file: SlideFile, opened: Opened | None, cache_bytes: int, fast: 
     levels = tiled_levels(file, None if opened is None else opened.level_shapes)
     if isinstance(levels, str):
         return levels
+    if opened is not None and not _agrees(file, levels[0], opened):
+        return "one of its tiles comes out otherwise than OpenSlide shows it"
     reader = DirectReader(file.path, levels, cache_bytes, fast, pread)
     library = f"direct (tifffile {tifffile.__version__}, imagecodecs {codecs.VERSION})"
     if opened is not None:
@@ -297,6 +299,30 @@ def open_direct(file: SlideFile, opened: Opened | None, cache_bytes: int, fast: 
         level_downsamples=tuple(whole_downsample(shapes[0], s, d) for s, d in zip(shapes, downsamples, strict=True)),
         claim=(ome_claim(ome) if ome else None) or directory_claim(file.directories[0]),
     )
+
+
+def _agrees(file: SlideFile, level: TiledLevel, opened: Opened) -> bool:
+    """Whether the middle one of level 0's tiles is the same through OpenSlide; yes where OpenSlide cannot read it.
+
+    A make may store its tiles in a way that nobody here has seen.
+    """
+    stored = np.flatnonzero(level.sizes)
+    if not len(stored):
+        return True
+    index = int(stored[len(stored) // 2])
+    height, width = level.codec.shape
+    tile = Box(index // level.across * height, index % level.across * width, height, width)
+    inside = tile.intersect(Box(0, 0, *level.shape))
+    try:
+        theirs, _ = opened.reader.read(0, inside)
+    except SlideError:
+        return True
+    with file.path.open("rb") as stream:
+        data = os.pread(stream.fileno(), int(level.sizes[index]), int(level.places[index]))
+    try:
+        return np.array_equal(level.codec.decode(data)[inside.slices(tile)], theirs)
+    except Corrupt:
+        return False
 
 
 def _ome(file: SlideFile) -> str | None:
