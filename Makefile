@@ -2,7 +2,7 @@
 #
 #   make demo                  the main job on the sample slide
 #   make test                  the quick tests          make test-slow   the slow ones        make test-all   both
-#   make lint                  ruff and mypy            make format      let ruff rewrite     make bench      time the demo
+#   make lint                  ruff and mypy            make format      let ruff rewrite     make bench      all benchmarks
 #   make clean                 remove .venv and everything else that make or the tools made
 #
 #   make demo PYTHON=python3.12      another interpreter

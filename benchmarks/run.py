@@ -1,59 +1,85 @@
-"""All benchmarks, or the parts that are named: each contestant in turn, several times over, then medians and ratios.
+"""All benchmarks, or the parts that are named: each contestant in turn, several rounds, then docs/benchmarks.md.
 
-    python benchmarks/run.py [PART ...] [--runs 5]
+    python benchmarks/run.py                                             everything, about an hour and a half on two cores
+    python benchmarks/run.py reading
+    python benchmarks/run.py whole --network tiny --slide s40 --runs 3 --only ours --only plain
+    python benchmarks/run.py whole --slide s40 --ours "--num-workers 1" --ours "--reader openslide"
+    python benchmarks/run.py --quick                                     one round on the small slides, no page
 
-Promise: what is compared ran alternately in one sitting. Results are kept as JSON in the cache; docs/benchmarks.md shows them.
+Promise: what is compared ran alternately in one sitting. Rounds are kept as JSON in the cache, and a part that is measured anew
+replaces its contests there; the page shows them all.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
+import shlex
 import shutil
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks.measure import Cost, measure  # noqa: E402  # the paths above come first
-from benchmarks.slides import build  # noqa: E402
+from benchmarks import peers  # noqa: E402  # the paths above come first
+from benchmarks.measure import Cost, measure  # noqa: E402
+from benchmarks.page import EXACT, Rounds, Row, page  # noqa: E402
+from benchmarks.slides import SLIDES, build  # noqa: E402
 
 CACHE = ROOT / ".cache" / "benchmarks"
 HERE = ROOT / "benchmarks"
 PYTHON = sys.executable
 COMMAND = str(Path(sys.executable).parent / "pathology")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+CORES = len(os.sched_getaffinity(0))
 
-# Versions that peers were asked for by; torch is pinned so that pip takes the CPU build there is.
-PEERS = {
-    "pyvips": ["pyvips[binary]==3.0.0", "numpy"],
-    "wsinfer": ["torch==2.13.0", "wsinfer==0.6.1", "zarr<3", "openslide-python", "openslide-bin"],
+# What `whole` runs unless told otherwise: (network, slides). A heavy network takes minutes on more.
+CONTESTS = {
+    "tiny": ("s20small", "s20dot", "s20", "s40small", "s40dot", "s40half", "s40"),
+    "resnet18": ("s20small", "s20dot", "s20"),
 }
-# Installed beside them without their own requirements, which would replace torch.
-PEERS_ALONE = {"wsinfer": ["torchvision==0.28.0"]}
+READ_TILES = {"s20": 1200, "s40": 800}  # of the list's beginning, for `reading`
 
-# Slides that `whole` is restricted to, if any.
-ASKED: list[str] = []
-
-Row = dict[str, float | str]
-Contestant = Callable[[], Cost]
+Contestant = Callable[[], Row]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the command line asked for.
+
+    networks, slides  empty: the part's own
+    only              pieces of names of contestants; empty: all
+    ours              sets of options with which `pathology run` takes part once more
+    """
+
+    runs: int
+    networks: tuple[str, ...] = ()
+    slides: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    ours: tuple[str, ...] = ()
+
+
+# --- slides and tiles
+
+
+@functools.cache
 def slide(name: str) -> Path:
     from real_slides import cmu_small_region
 
     return build(name, cmu_small_region(), CACHE / "slides")
 
 
+@functools.cache
 def tiles(name: str) -> Path:
-    """Level-0 corners of the slide's tissue tiles, as the pipeline plans them; the same list for every contestant."""
+    """Level-0 (y, x) of the corners of the slide's tissue tiles, as the pipeline plans them: the list the scripts are given."""
     path = CACHE / f"{name}.npy"
     if not path.exists():
         import numpy as np
@@ -70,318 +96,272 @@ def tiles(name: str) -> Path:
     return path
 
 
-def tissue_mm2(name: str) -> float:
-    """Unique tissue under the tiles of the list: by it recomputing is no gain."""
+def first_tiles(name: str) -> Path:
     import numpy as np
 
-    return len(np.load(tiles(name))) * (224 * 0.5 / 1000) ** 2
-
-
-def count(name: str) -> int:
-    import numpy as np
-
-    return len(np.load(tiles(name)))
+    path = CACHE / f"{name}-first.npy"
+    np.save(path, np.load(tiles(name))[: READ_TILES.get(name, 400)])
+    return path
 
 
 def model(network: str) -> str:
     return f"benchmarks.models:{'dense' if network == 'unet' else 'classifier'}?network={network}"
 
 
-def ours(name: str, network: str, *options: str, memory: bool = False) -> Cost:
+# --- contestants of whole runs
+
+
+def ours(name: str, network: str, *options: str) -> Row:
     """The whole command, start to exit, into an empty folder."""
-    out = CACHE / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    command = [COMMAND, "run", str(slide(name)), "--model", model(network), "--out", str(out), *options]
-    return measure(command, ENVIRONMENT, memory)
+    out = emptied("ours")
+    cost = measure([COMMAND, "run", str(slide(name)), "--model", model(network), "--out", str(out), *options], ENVIRONMENT)
+    (record,) = out.glob("slides/*/*/result.json")
+    return {**seconds(cost), "tiles": float(json.loads(record.read_text())["tiles"]), **compared(record.parent, name, network)}
 
 
-def plain(name: str, network: str, threads: int) -> Cost:
-    scores = CACHE / "plain.npy"
+def plain(name: str, network: str, threads: int) -> Row:
+    import numpy as np
+
+    scores = plain_scores(name, network)
+    scores.unlink(missing_ok=True)
     command = [PYTHON, str(HERE / "plain.py"), str(slide(name)), str(tiles(name)), str(scores), "--network", network]
-    return measure([*command, "--threads", str(threads)], ENVIRONMENT)
+    cost = measure([*command, "--threads", str(threads)], ENVIRONMENT)
+    return {**seconds(cost), "tiles": float(len(np.load(scores)))}
 
 
-def script(*arguments: str, python: str = PYTHON) -> dict[str, float]:
-    cost = measure([python, *arguments], ENVIRONMENT)
-    facts: dict[str, float] = json.loads(cost.output.strip().splitlines()[-1])
+def peer(who: str, python: Path, name: str, network: str) -> Row:
+    out, exported = emptied(who), peers.export(network, CACHE / f"export-{network}")
+    command = (peers.wsinfer_command if who == "wsinfer" else peers.slide2vec_command)(python, slide(name), exported, out)
+    cost = measure(command, {k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    return {**seconds(cost), "tiles": float(peers.tiles_done(who, out))}
+
+
+@functools.cache
+def tuned_threads(network: str) -> int:
+    """The better number of torch threads for the plain script, one or one a core: a try of each on 1,000 tiles."""
+    rows = {threads: plain("s20small", network, threads) for threads in sorted({1, CORES})}
+    best = min(rows, key=lambda threads: rows[threads]["wall_s"])
+    found = ", ".join(f"{threads}: {row['wall_s']:.1f} s" for threads, row in rows.items())
+    print(f"  torch threads of the plain script with {network}: {best} ({found})", flush=True)
+    return best
+
+
+def plain_scores(name: str, network: str) -> Path:
+    return CACHE / f"plain-{name}-{network}.npy"
+
+
+def compared(result: Path, name: str, network: str) -> Row:
+    """Largest difference from the plain script's scores, and share of tiles of the same class, where it ran before."""
+    import numpy as np
+    import pyarrow.parquet as parquet
+
+    theirs = plain_scores(name, network)
+    if not theirs.exists():
+        return {}
+    table = parquet.read_table(result / "tiles.parquet").to_pydict()
+    mine = np.stack([table["prob_a"], table["prob_b"]], axis=1)
+    corners = np.stack([table["miny"], table["minx"]], axis=1)
+    wanted, others = np.load(tiles(name)), np.load(theirs)
+    order, order_of_wanted = np.lexsort(corners.T), np.lexsort(wanted.T)
+    if not np.array_equal(corners[order], wanted[order_of_wanted]):
+        raise SystemExit(f"{name}: other tiles were computed than those of {tiles(name)}; remove that list")
+    a, b = mine[order], others[order_of_wanted]
+    return {"difference": float(np.abs(a - b).max()), "agreement": float((a.argmax(1) == b.argmax(1)).mean())}
+
+
+def seconds(cost: Cost) -> Row:
+    return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s}
+
+
+def emptied(who: str) -> Path:
+    folder = CACHE / f"out-{who}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def script(*arguments: str, python: Path | str = PYTHON) -> Row:
+    """The JSON object that a script of this folder prints last."""
+    cost = measure([str(python), *arguments], ENVIRONMENT)
+    facts: Row = json.loads(cost.output.strip().splitlines()[-1])
     return facts
 
 
-def alternately(contestants: dict[str, Callable[[], Row]], runs: int) -> dict[str, Row]:
-    """The median of each figure of each contestant over `runs` rounds, in each of which everyone has one turn."""
-    rounds: dict[str, list[Row]] = {name: [] for name in contestants}
-    for number in range(runs):
-        for name, run in contestants.items():
+def takes_part(contestant: str, choice: Choice) -> bool:
+    return not choice.only or any(piece in contestant for piece in choice.only)
+
+
+def alternately(contestants: dict[str, Contestant], choice: Choice) -> dict[str, list[Row]]:
+    """Every round of each contestant; in each round everyone has one turn."""
+    chosen = {name: run for name, run in contestants.items() if takes_part(name, choice)}
+    rounds: dict[str, list[Row]] = {name: [] for name in chosen}
+    for number in range(choice.runs):
+        for name, run in chosen.items():
             row = run()
             rounds[name].append(row)
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-            print(f"  {number + 1}/{runs}  {name:<34} {shown}", flush=True)
-    return {name: {k: statistics.median(float(r[k]) for r in rows) for k in rows[0]} for name, rows in rounds.items()}
+            print(f"  {number + 1}/{choice.runs}  {name:<34} {'  '.join(f'{k} {v:.4g}' for k, v in row.items())}", flush=True)
+    return rounds
 
 
-def timed(run: Contestant) -> Callable[[], Row]:
-    def once() -> Row:
-        cost = run()
-        return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s}
+def available(choice: Choice, *names: str) -> dict[str, Path]:
+    """Interpreters of the chosen peers that can be had; of the others the reason is printed and kept for the page."""
+    found = {}
+    for name in (n for n in names if takes_part(peers.PEERS[n].title, choice)):
+        try:
+            found[name] = peers.python_of(name, CACHE)
+        except peers.Unavailable as error:
+            print(f"  left out: {error}", flush=True)
+            MISSING.add(str(error))
+    return found
 
-    return once
+
+MISSING: set[str] = set()
 
 
 # --- parts
 
 
-def reading(runs: int) -> dict[str, dict[str, Row]]:
-    """Reading alone, one thread, no model: milliseconds per 224-px tile."""
+def reading(choice: Choice) -> Rounds:
+    """Reading alone, one thread, no model."""
     found = {}
-    vips = peer("pyvips")
-    for name, mpp in (("s20", 0.5), ("s40", 0.25)):
-        some = CACHE / f"{name}-some.npy"
-        if not some.exists():
-            import numpy as np
+    for name in choice.slides or ("s20", "s40"):
+        corners, mpp = str(first_tiles(name)), SLIDES[name].mpp
 
-            np.save(some, np.load(tiles(name))[: 1200 if name == "s20" else 800])
+        def one(reader: str, python: Path | str = PYTHON, name: str = name, corners: str = corners, mpp: float = mpp) -> Row:
+            return script(str(HERE / "reading.py"), reader, str(slide(name)), corners, "--mpp", str(mpp), python=python)
 
-        def one(reader: str, python: str = PYTHON, name: str = name, mpp: float = mpp, some: Path = some) -> Row:
-            facts = script(str(HERE / "reading.py"), reader, str(slide(name)), str(some), "--mpp", str(mpp), python=python)
-            return {"wall_ms": 1e3 * facts["wall_s"] / facts["tiles"], "cpu_ms": 1e3 * facts["cpu_s"] / facts["tiles"]}
-
-        contestants: dict[str, Callable[[], Row]] = {
-            "OpenSlide per tile": lambda one=one: one("openslide"),
-            "ours, exact": lambda one=one: one("ours"),
-        }
-        if name == "s40":
-            contestants["ours, fast-decode"] = lambda one=one: one("ours-fast")
-        if vips:
-            contestants["pyvips"] = lambda one=one: one("pyvips", vips)
-        found[f"{name}: {'224 at 1:1' if name == 's20' else '448 -> 224'}"] = alternately(contestants, runs)
+        contestants: dict[str, Contestant] = {"OpenSlide per tile": functools.partial(one, "openslide")}
+        contestants[EXACT] = functools.partial(one, "ours")
+        if mpp < 0.5:
+            contestants["ours, fast-decode"] = functools.partial(one, "ours-fast")
+        for who, python in available(choice, "pyvips").items():
+            contestants[peers.PEERS[who].title] = functools.partial(one, who, python)
+        found[f"{name}, {round(224 * 0.5 / mpp)} to 224 px"] = alternately(contestants, choice)
     return found
 
 
-def whole(runs: int) -> dict[str, dict[str, Row]]:
-    """The whole command with its default outputs, tiny CNN, against the plain script with its better number of threads."""
-    found = {}
-    for name in ASKED or ("s20small", "s20", "s40small", "s40"):
-        contestants: dict[str, Callable[[], Row]] = {
-            "plain script": timed(lambda name=name: plain(name, "tiny", 1)),
-            "ours, exact": timed(lambda name=name: ours(name, "tiny")),
-        }
-        if name.startswith("s40"):
-            contestants["ours, fast-decode"] = timed(lambda name=name: ours(name, "tiny", "--fast-decode"))
-        found[name] = alternately(contestants, runs)
-    return found
+def roofs(choice: Choice) -> Rounds:
+    """Decoding alone and models alone, from scripts that import nothing of the pipeline, one thread."""
 
-
-def resnet18(runs: int) -> dict[str, dict[str, Row]]:
-    """The whole command with ResNet-18 on the 1,000-tile slide, and bf16 beside it."""
-    contestants: dict[str, Callable[[], Row]] = {
-        f"plain script, {threads} torch threads": timed(lambda threads=threads: plain("s20small", "resnet18", threads))
-        for threads in (1, 2)
-    }
-    contestants["ours, fp32"] = timed(lambda: ours("s20small", "resnet18"))
-    contestants["ours, bf16"] = timed(lambda: ours("s20small", "resnet18", "--precision", "bf16"))
-    return {"s20small": alternately(contestants, runs)}
-
-
-def roofs(runs: int) -> dict[str, dict[str, Row]]:
-    """Decoding alone and the model alone, from scripts that import nothing of the pipeline: CPU ms per tile on one thread."""
-
-    def decoding(name: str, side: int) -> Row:
+    def decoding(name: str) -> Row:
+        side = round(224 * 0.5 / SLIDES[name].mpp)
         facts = script(str(HERE / "roofs.py"), "decode", str(slide(name)), str(tiles(name)), "--side", str(side))
         return {"cpu_ms": 1e3 * facts["cpu_s"] / facts["tiles"]}
 
     def modelling(network: str) -> Row:
         return {"cpu_ms": 1e3 * script(str(HERE / "roofs.py"), "model", network)["cpu_s"]}
 
-    contestants: dict[str, Callable[[], Row]] = {
-        "decode s20": lambda: decoding("s20", 224),
-        "decode s40": lambda: decoding("s40", 448),
-        "tiny CNN": lambda: modelling("tiny"),
-        "ResNet-18": lambda: modelling("resnet18"),
+    contestants: dict[str, Contestant] = {
+        f"decode {name}": functools.partial(decoding, name) for name in choice.slides or ("s20", "s40")
     }
-    return {"roofs": alternately(contestants, runs)}
+    contestants |= {network: functools.partial(modelling, network) for network in choice.networks or tuple(CONTESTS)}
+    return {"roofs": alternately(contestants, choice)}
 
 
-def memory(runs: int) -> dict[str, dict[str, Row]]:
-    """Peak memory, PSS summed over all processes of the command, beside what `check` printed."""
-    found: dict[str, Row] = {}
-    for network, name in (("tiny", "s40"), ("tiny", "s8g"), ("resnet50", "s20small"), ("unet", "s20small")):
-        bound = json.loads(
-            subprocess.run(
-                [COMMAND, "check", str(slide(name)), "--model", model(network), "--json"],
-                check=True,
-                capture_output=True,
-                text=True,
-                env=ENVIRONMENT,
-            ).stdout
-        )["memory_bytes"]
-        peaks = [ours(name, network, memory=True).peak_pss for _ in range(max(1, runs // 2))]
-        found[f"{network} on {name}"] = {"peak_MB": statistics.median(peaks) / 1e6, "bound_MB": bound / 1e6}
-        print(f"  {network} on {name}: {found[f'{network} on {name}']}", flush=True)
-    return {"memory": found}
+def whole(choice: Choice) -> Rounds:
+    """The whole command, start to exit, with its default outputs."""
+    found = {}
+    for network in choice.networks or tuple(CONTESTS):
+        threads = tuned_threads(network) if takes_part("plain script", choice) else 1
+        others = available(choice, "wsinfer", "slide2vec")
+        for name in choice.slides or CONTESTS[network]:
+            contestants: dict[str, Contestant] = {
+                f"plain script, torch threads: {threads}": functools.partial(plain, name, network, threads),
+                EXACT: functools.partial(ours, name, network),
+            }
+            if SLIDES[name].mpp < 0.5:
+                contestants["ours, fast-decode"] = functools.partial(ours, name, network, "--fast-decode")
+            if network != "tiny" and name.endswith("small"):
+                contestants["ours, bf16"] = functools.partial(ours, name, network, "--precision", "bf16")
+            for options in choice.ours:
+                contestants[f"ours {options}"] = functools.partial(ours, name, network, *shlex.split(options))
+            for who, python in others.items():
+                contestants[peers.PEERS[who].title] = functools.partial(peer, who, python, name, network)
+            print(f"{network} on {name}", flush=True)
+            found[f"{network} on {name}"] = alternately(contestants, choice)
+    return found
 
 
-def twice(runs: int) -> dict[str, dict[str, Row]]:
-    """Twice the tissue: seconds of the whole command on a slide with 20 % and one with 40 %, and on a small one."""
-    contestants = {name: timed(lambda name=name: ours(name, "tiny")) for name in ("s40small", "s40half", "s40")}
-    return {"twice": alternately(contestants, runs)}
+def memory(choice: Choice) -> Rounds:
+    """Peak memory of the whole command beside the bound that `check` states."""
 
+    def peak(name: str, network: str, threads: int = 0) -> Row:
+        if threads:
+            command = [PYTHON, str(HERE / "plain.py"), str(slide(name)), str(tiles(name)), str(plain_scores(name, network))]
+            command += ["--network", network, "--threads", str(threads)]
+            return {"peak": float(measure(command, ENVIRONMENT, memory=True).peak_pss)}
+        out = emptied("ours")
+        asked = [str(slide(name)), "--model", model(network)]
+        stated = json.loads(measure([COMMAND, "check", *asked, "--json"], ENVIRONMENT).output)["memory_bytes"]
+        cost = measure([COMMAND, "run", *asked, "--out", str(out)], ENVIRONMENT, memory=True)
+        return {"peak": float(cost.peak_pss), "bound": float(stated)}
 
-def wsinfer(runs: int) -> dict[str, dict[str, Row]]:
-    """WSInfer 0.6.1 and this project, whole commands, tiny CNN; tiles are what each finds tissue in."""
-    python = peer("wsinfer")
-    if python is None:
-        return {}
-    import torch
-
-    from benchmarks.networks import MEAN, STD, make
-
-    folder, slides = CACHE / "wsinfer-tiny", CACHE / "wsinfer-slides"
-    folder.mkdir(exist_ok=True)
-    slides.mkdir(exist_ok=True)
-    torch.jit.trace(make("tiny"), torch.zeros(2, 3, 224, 224)).save(str(folder / "torchscript_model.pt"))
-    transform = [
-        {"name": "Resize", "arguments": {"size": 224}},
-        {"name": "ToTensor"},
-        {"name": "Normalize", "arguments": {"mean": MEAN, "std": STD}},
-    ]
-    card = {"spec_version": "1.0", "architecture": "tiny", "num_classes": 2, "patch_size_pixels": 224, "spacing_um_px": 0.5}
-    (folder / "config.json").write_text(json.dumps({**card, "class_names": ["a", "b"], "transform": transform}))
-    shutil.rmtree(slides)
-    slides.mkdir()
-    (slides / "s40.svs").symlink_to(slide("s40"))
-
-    def theirs() -> Row:
-        out = CACHE / "out-wsinfer"
-        shutil.rmtree(out, ignore_errors=True)
-        command = [python, str(HERE / "wsinfer_run.py"), str(slides), str(out), "--model", str(folder)]
-        cost = measure(command, ENVIRONMENT)
-        done = sum(1 for _ in (out / "model-outputs-csv" / "s40.csv").open()) - 1
-        return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s, "tiles": float(done), "wall_ms_per_tile": 1e3 * cost.wall_s / done}
-
-    def mine(*options: str) -> Row:
-        cost = ours("s40", "tiny", *options)
-        done = count("s40")
-        return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s, "tiles": float(done), "wall_ms_per_tile": 1e3 * cost.wall_s / done}
-
-    contestants: dict[str, Callable[[], Row]] = {
-        "WSInfer": theirs,
-        "ours, exact": mine,
-        "ours, fast-decode": lambda: mine("--fast-decode"),
+    pairs = (("tiny", "s40"), ("tiny", "s8g"), ("resnet50", "s20small"), ("unet", "s20small"))
+    contestants: dict[str, Contestant] = {
+        f"{network} on {name}": functools.partial(peak, name, network)
+        for network, name in pairs
+        if network in (choice.networks or (network,)) and name in (choice.slides or (name,))
     }
-    return {"s40": alternately(contestants, runs)}
+    if not choice.slides or "s40" in choice.slides:
+        contestants["plain script, tiny on s40"] = functools.partial(peak, "s40", "tiny", 1)
+    return {"memory": alternately(contestants, choice)}
 
 
-PARTS = {f.__name__: f for f in (reading, whole, resnet18, wsinfer, roofs, memory, twice)}
-
-
-def peer(name: str) -> str | None:
-    """The Python of a venv of a peer's own, made on first use; None, and the reason on record, where it cannot be had."""
-    folder = CACHE / f"venv-{name}"
-    python = folder / "bin" / "python"
-    if (folder / "failed").exists():
-        return None
-    if not (folder / "ready").exists():
-        subprocess.run([PYTHON, "-m", "venv", str(folder)], check=True)
-        done = subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", *PEERS[name]], capture_output=True, text=True, check=False
-        )
-        (folder / ("failed" if done.returncode else "ready")).write_text(done.stderr)
-        if done.returncode:
-            return None
-    return str(python)
-
-
-# --- the page
-
-
-def write_page(results: dict[str, dict[str, dict[str, Row]]]) -> None:
-    lines = [INTRODUCTION.format(machine=machine())]
-    for part, function in PARTS.items():
-        if part not in results:
-            continue
-        lines.append(f"\n## {(function.__doc__ or part).splitlines()[0].rstrip('.')}\n")
-        for title, rows in results[part].items():
-            names = list(next(iter(rows.values())))
-            basis = next(iter(rows.values()))
-            compare = part in ("reading", "whole", "resnet18", "wsinfer")
-            head = ["", *names, *(f"x {k}" for k in names if compare)]
-            if part == "whole":
-                head += ["tiles/s", "mm2/s"]
-            lines.append(f"{title}" + (f" ({count(title)} tiles)" if title in COUNTED else "") + "\n")
-            lines.append("| " + " | ".join(head) + " |")
-            lines.append("|---|" + "---:|" * (len(head) - 1))
-            for name, row in rows.items():
-                cells = [name, *(f"{row[k]:.4g}" for k in names)]
-                if compare:
-                    cells += [f"{float(basis[k]) / float(row[k]):.2f}" for k in names]
-                if part == "whole":
-                    wall = float(row["wall_s"])
-                    cells += [f"{count(title) / wall:.0f}", f"{tissue_mm2(title) / wall:.2f}"]
-                lines.append("| " + " | ".join(cells) + " |")
-            lines.append("")
-        if part == "whole":
-            lines += after_start(results[part])
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
-
-
-COUNTED = ("s20", "s40", "s20small", "s40small")
-INTRODUCTION = """# Benchmarks
-
-Made by `make bench`: slides of real pixels (a CC0 Aperio slide, mirrored over 60 % glass; JPEG 4:2:2, quality 75, 240-px tiles,
-levels 1/4/16), every contestant in turn, several rounds, medians. CPU seconds are of all processes of a command. "x" is the
-first row's figure over this row's: above 1 is better. No GPU was at hand: its code is tested through a stand-in, not measured.
-
-- `s20`: 20,160 x 20,160 px at 0.5 um/px; `s20small`: 10,800 x 10,800.
-- `s40`: 60,000 x 50,400 px at 0.25 um/px, read at 0.5; `s40half`: with half the tissue; `s40small`: 21,600 x 21,600.
-- `s8g`: 96,000 x 84,000 px at 0.25 um/px.
-
-{machine}
-"""
+PARTS = {part.__name__: part for part in (reading, roofs, whole, memory)}
 
 
 def machine() -> str:
-    processor = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
+    names = ("torch", "imagecodecs", "pillow", "openslide-bin", "numpy", "dask", "zarr")
+    libraries = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"Measured on {CORES} cores ({processor}), Python {platform.python_version()}, {libraries}."
+
+
+def quick(choice: Choice) -> None:
+    """Every script once on small slides, to see that all still run."""
+    for part, slides in ((reading, ("s20small", "s40small")), (roofs, ("s20small",)), (whole, ("s20small", "s40small"))):
+        print(part.__doc__, flush=True)
+        part(Choice(1, choice.networks or ("tiny",), choice.slides or slides, choice.only, choice.ours))
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Run the benchmarks and write docs/benchmarks.md.",
+        epilog="parts: " + "; ".join(f"{name}: {(part.__doc__ or '').rstrip('.')}" for name, part in PARTS.items()),
     )
-    libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "imagecodecs", "pillow", "openslide-bin", "dask", "zarr"))
-    return f"{len(os.sched_getaffinity(0))} cores ({processor}), Python {platform.python_version()}, {libraries}."
-
-
-def after_start(parts: dict[str, dict[str, Row]]) -> list[str]:
-    """Rates without start and end: the difference of two slides of one kind, tiles over seconds."""
-    lines = ["After start-up: tiles and seconds of the larger slide less those of the smaller.\n"]
-    lines += ["| | tiles/s | x wall |", "|---|---:|---:|"]
-    for small, large in (("s20small", "s20"), ("s40small", "s40")):
-        if small not in parts or large not in parts:
-            continue
-        basis = 0.0
-        for name in parts[large]:
-            seconds = float(parts[large][name]["wall_s"]) - float(parts[small][name]["wall_s"])
-            rate = (count(large) - count(small)) / seconds
-            basis = basis or rate
-            lines.append(f"| {large}: {name} | {rate:.0f} | {rate / basis:.2f} |")
-    return [*lines, ""]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the benchmarks and write docs/benchmarks.md.")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--slide", action="append", default=[], help="for `whole`: only this slide; several: repeat")
-    options = parser.parse_args()
-    ASKED.extend(options.slide)
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    parser.add_argument("--network", action="append", default=[], help="tiny, resnet18, ...; several: repeat")
+    parser.add_argument("--slide", action="append", default=[], help=f"of {', '.join(SLIDES)}; several: repeat")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contestants whose name holds TEXT")
+    parser.add_argument(
+        "--ours", action="append", default=[], metavar="OPTIONS", help="`pathology run` with these takes part too"
+    )
+    parser.add_argument("--quick", action="store_true", help="one round on small slides, to try the scripts; writes no page")
+    parser.add_argument("--page", action="store_true", help="write the page from kept rounds; measure nothing")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    if unknown := sorted({*options.parts} - {*PARTS}):
+        parser.error(f"{', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    if unknown := sorted({*options.slide} - {*SLIDES}):
+        parser.error(f"--slide {', '.join(unknown)}: choose from {', '.join(SLIDES)}")
     if options.runs < 1:
         parser.error(f"--runs {options.runs}: use 1 or more")
+    choice = Choice(options.runs, *(tuple(v) for v in (options.network, options.slide, options.only, options.ours)))
     CACHE.mkdir(parents=True, exist_ok=True)
-    kept = CACHE / "results.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
-    for part in options.parts or PARTS:
-        print(f"{part}: {(PARTS[part].__doc__ or '').splitlines()[0]}", flush=True)
-        results.setdefault(part, {}).update(PARTS[part](options.runs))
-        kept.write_text(json.dumps(results, indent=1))
-    write_page(results)
+    if options.quick:
+        quick(choice)
+        return
+    kept = CACHE / "rounds.json"
+    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"parts": {}, "missing": []}
+    for part in () if options.page else options.parts or PARTS:
+        print(PARTS[part].__doc__, flush=True)
+        known["parts"].setdefault(part, {}).update(PARTS[part](choice))
+        known |= {"machine": machine(), "cores": CORES, "missing": sorted(MISSING | {*known["missing"]})}
+        kept.write_text(json.dumps(known, indent=1))
+    if "machine" not in known:
+        parser.error(f"{kept} does not exist: nothing has been measured yet")
+    (ROOT / "docs" / "benchmarks.md").write_text(page(known["parts"], known["machine"], known["cores"], known["missing"]))
 
 
 if __name__ == "__main__":

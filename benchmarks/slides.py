@@ -25,7 +25,7 @@ QUALITY = 75
 # The part of the CC0 slide without glass, in whole tiles.
 TISSUE = (slice(3 * TILE, 12 * TILE), slice(3 * TILE, 7 * TILE))
 
-# Centres and radii of the blobs of tissue, in shares of the slide's sides: 40 % of its area in all, 20 % the first alone.
+# Centres and radii of the blobs of tissue, in shares of the slide's sides: 40 % of its area in all, the first 20, the last 8.
 BLOBS = ((0.30, 0.26, 0.253), (0.70, 0.69, 0.2), (0.24, 0.76, 0.156))
 
 Pixels = NDArray[np.uint8]
@@ -34,19 +34,21 @@ Key = tuple[Hashable, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One slide: (height, width) in px, um/px, magnification, how many of BLOBS, and whether equal tiles are stored once."""
+    """One slide: (height, width) in px, um/px, magnification, which of BLOBS, and whether equal tiles are stored once."""
 
     shape: tuple[int, int]
     mpp: float
     objective: int
-    blobs: int = len(BLOBS)
+    blobs: tuple[int, ...] = (0, 1, 2)
     shared: bool = False
 
 
 SLIDES = {
     "s20": Layout((20160, 20160), 0.5, 20),
+    "s20dot": Layout((20160, 20160), 0.5, 20, blobs=(2,)),
     "s40": Layout((50400, 60000), 0.25, 40),
-    "s40half": Layout((50400, 60000), 0.25, 40, blobs=1),
+    "s40half": Layout((50400, 60000), 0.25, 40, blobs=(0,)),
+    "s40dot": Layout((50400, 60000), 0.25, 40, blobs=(2,)),
     "s40small": Layout((21600, 21600), 0.25, 40),
     "s20small": Layout((10800, 10800), 0.5, 20),
     "s8g": Layout((84000, 96000), 0.25, 40, shared=True),
@@ -86,7 +88,7 @@ def _write(path: Path, layout: Layout, source: _Source) -> None:
     down, across = height // TILE, width // TILE
     y, x = (np.arange(n) + 0.5 for n in (down, across))
     tissue = np.zeros((down, across), bool)
-    for centre_y, centre_x, radius in BLOBS[: layout.blobs]:
+    for centre_y, centre_x, radius in (BLOBS[i] for i in layout.blobs):
         tissue |= (y[:, None] / down - centre_y) ** 2 + (x[None, :] / across - centre_x) ** 2 < radius**2
     mirrored = tuple(n // TILE for n in source.tissue.shape[:2])
 
