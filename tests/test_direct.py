@@ -498,3 +498,21 @@ def test_a_corrupt_tile_in_a_coarse_level_takes_no_more_than_itself_from_picture
     assert differs.min(axis=0).tolist() == [64, 64]
     assert differs.max(axis=0).tolist() == [127, 127]
     assert (holed[64:128, 64:128] == 255).all()
+
+
+def test_bytes_fetched_twice_at_once_count_once(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "s.svs", [smooth_pixels(256, 256)], compression="jpeg", tile_px=TILE)
+    window = [(0, Box(0, 0, 64, 256), 1)]
+    with open_slide(path) as slide:
+        reader = reader_of(slide)
+        reader._cache = TileCache(1)
+        beside = [window]
+
+        def pread(descriptor: int, count: int, place: int) -> bytes:
+            if beside:  # another thread wants the same while the first read is under way
+                reader.prefetch(beside.pop())
+            return os.pread(descriptor, count, place)
+
+        reader._pread = pread
+        reader.prefetch(window)
+        assert reader._fetched_bytes == sum(map(len, reader._fetched.values())) > 0

@@ -163,8 +163,9 @@ class DirectReader:
             data = memoryview(self._bytes(file, first, end - first))
             with self._lock:
                 for place, size, tile in tiles:
+                    before = self._fetched.pop(tile, b"")  # another thread may have fetched it meanwhile
                     self._fetched[tile] = data[place - first : place - first + size]
-                    self._fetched_bytes += size
+                    self._fetched_bytes += size - len(before)
                 while self._fetched_bytes > FETCHED_BYTES:
                     self._fetched_bytes -= len(self._fetched.popitem(last=False)[1])
 
