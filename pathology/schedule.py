@@ -12,6 +12,7 @@ import queue
 import signal
 import uuid
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from typing import Any, Protocol
@@ -93,18 +94,17 @@ class OnDask:
 
     def _end(self, token: object, future: Any) -> None:
         self._futures.pop(token, None)
-        if future.status == "finished":
-            try:
-                self.done.put(Done(token, value=future.result()))
-            except Exception as error:
-                self.done.put(Done(token, error=error))
-        elif future.status == "error":
-            raised = future.exception()
-            self.done.put(Done(token, error=raised, died=isinstance(raised, self._killed)))
-        else:
-            self.done.put(
-                Done(token, error=EnvironmentFault(f"the scheduler gave up a task ({future.status}); run the same again"))
-            )
+        try:
+            # Waits again where the worker died after the task's end and before its value was fetched: Dask then repeats it.
+            done = Done(token, value=future.result())
+        except self._killed as error:
+            done = Done(token, error=error, died=True)
+        except CancelledError:
+            gone = EnvironmentFault("the scheduler gave up a task; see that it runs, then run the same again")
+            done = Done(token, error=gone)
+        except Exception as error:
+            done = Done(token, error=error)
+        self.done.put(done)
 
     def slots(self) -> int:
         threads: dict[str, int] = self._client.nthreads()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 import pathology
 from pathology import worker
-from pathology.errors import EnvironmentFault, ModelError, Reason, UsageError
+from pathology.errors import EnvironmentFault, ModelError, Reason, SlideError, UsageError
 from pathology.finish import read_manifest
 from pathology.integrity import verify
 from pathology.plan import Region
@@ -218,6 +219,37 @@ def test_a_slide_that_kills_its_worker_twice_fails_alone(poisoned: list[patholog
     outcomes = {o.job.slide_id: (o.status, o.reason) for o in run(poisoned, "processes")}
     assert outcomes == {"good": ("ok", None), "poisoned": ("failed", Reason.CRASHED), "other": ("ok", None)}
     assert list(verify(tmp_path / "out")) == []
+
+
+class GoneResult:
+    """A future whose worker died after the task's end and before its value was fetched."""
+
+    def __init__(self, then: object) -> None:
+        self.status = "lost"
+        self._then = then
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> object:
+        """What the scheduler's repetition ends with."""
+        if isinstance(self._then, BaseException):
+            raise self._then
+        return self._then
+
+
+def test_a_value_lost_with_its_worker_is_waited_for_again_and_a_death_is_a_death() -> None:
+    from distributed import KilledWorker
+
+    with closing(open_tasks("threads")) as tasks:
+        ends: list[object] = ["value", KilledWorker("task", None, 0), SlideError(Reason.TRUNCATED, "cut"), CancelledError()]
+        for then in ends:
+            tasks._end("token", GoneResult(then))  # type: ignore[attr-defined]
+        value, killed, raised, cancelled = (tasks.done.get(timeout=5) for _ in ends)
+    assert (value.value, value.error, value.died) == ("value", None, False)
+    assert killed.died
+    assert (raised.error, raised.died) == (ends[2], False)
+    assert (type(cancelled.error), cancelled.died) == (EnvironmentFault, False)
 
 
 def test_a_model_that_does_not_load_ends_the_run_before_the_first_slide(reference_job: pathology.Job, tmp_path: Path) -> None:
