@@ -25,10 +25,10 @@ from pathology.readers.opened import CACHE_BYTES
 # Of a job's memory, for decoded tiles of the slides that are open: 1 / CACHE_SHARE.
 CACHE_SHARE = 8
 
-# The command itself and the process that workers are forked from, as measured (PSS): mostly Python, Dask and numpy.
-OTHER_PROCESSES_BYTES = 138 * 10**6
-# What a worker takes for a slide's beginning and end, as measured: tissue, pictures, pyramid, and the libraries of the files.
-SLIDE_BYTES = 110 * 10**6
+# The command itself and the process for slides while it waits, as measured (PSS): mostly Python, Dask, numpy and zarr.
+OTHER_PROCESSES_BYTES = 125 * 10**6
+# What that process takes for a slide's beginning and end, as measured: tissue, pictures, pyramid.
+SLIDE_BYTES = 85 * 10**6
 
 
 def model_peak(job: Job, modules: Sequence[str]) -> int:

@@ -31,6 +31,8 @@ SLIDES_AHEAD = 2
 SLIDES_TRIED = 4
 # Token of the task that looks at the first slide while the model is loaded.
 LOOK = "look"
+# Tasks in the window that begin or end slides, beside twice the regions that run.
+BESIDE = 2
 # After a stop, this long for tasks that run to end by themselves.
 DRAIN_S = 8.0
 
@@ -98,7 +100,7 @@ def run(
 ) -> Iterator[Outcome]:
     """Compute all jobs; yields an outcome for each as it ends.
 
-    scheduler  "sync" (the reference), "threads", "processes" (one worker per device), or "tcp://127.0.0.1:PORT"
+    scheduler  "sync" (the reference), "threads", "processes" (two for each device), or "tcp://127.0.0.1:PORT"
     stop       set it to end early: running regions are let end, then Interrupted is raised
 
     Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
@@ -136,7 +138,6 @@ class _Window:
         self._stop = stop
         self._stage = stage
         self._running: set[_Task] = set()
-        self._looking = False  # a first look at a slide is under way
         self._next = 0  # the first job not yet being prepared
         self._active: deque[int] = deque()  # jobs with regions to hand out, in order
         self._first: deque[_Task] = deque()  # ends of slides, before anything else
@@ -146,7 +147,7 @@ class _Window:
         self._check_models()
         if self._stage is not None:
             self._stage.start(_needed, lambda: self._tasks.done.put(Done(_WAKE)))
-        room = 1 if self._tasks.in_order else 2 * self._tasks.slots()
+        room = 1 if self._tasks.in_order else 2 * self._tasks.slots() + BESIDE
         while True:
             if self._stop.is_set():
                 self._drain()
@@ -167,10 +168,9 @@ class _Window:
 
     def _check_models(self) -> None:
         shared: dict[tuple[object, ...], list[_State]] = {}
-        if self._states and not self._tasks.in_order:
-            # While a worker loads torch for the first model, another of its threads can look at the first slide.
-            self._looking = True
-            self._tasks.submit(LOOK, worker.look, replace(self._states[0].job, stage=None))
+        if self._states and self._tasks.apart:
+            # While one process loads torch for the first model, another can look at the first slide.
+            self._tasks.submit(LOOK, worker.look, replace(self._states[0].job, stage=None), kind="slides")
         for state in self._states:
             shared.setdefault(worker.model_of(state.job), []).append(state)
         for states in shared.values():
@@ -195,7 +195,6 @@ class _Window:
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
         """Run `function` as a task while nothing else runs but a first look, and wait for its end."""
         self._tasks.submit(None, function, *arguments)
-        beside = self._looking
         while True:
             try:
                 done = self._tasks.done.get(timeout=0.2)
@@ -203,12 +202,7 @@ class _Window:
                 if self._stop.is_set():
                     raise Interrupted("the run was stopped before it began") from None
                 continue
-            if done.token == LOOK:
-                self._looking = False
-            elif done.died and beside:  # perhaps the slide's doing: once more, without it
-                beside = False
-                self._tasks.submit(None, function, *arguments)
-            else:
+            if done.token != LOOK:
                 return done
 
     def _choose(self, room: int) -> _Task | None:
@@ -248,11 +242,11 @@ class _Window:
         job = replace(state.job, stage=None if self._stage is None else self._stage.folder(task.place))
         if task.kind == "prepare":
             self._report_staging(task.place)
-            self._tasks.submit(task, worker.prepare, job)
+            self._tasks.submit(task, worker.prepare, job, kind="slides")
         elif task.kind == "region":
             self._tasks.submit(task, worker.run_region, job, task.region, self._tasks.in_order)
         else:
-            self._tasks.submit(task, worker.finish_slide, job)
+            self._tasks.submit(task, worker.finish_slide, job, kind="slides")
 
     def _report_staging(self, place: int) -> None:
         copy = None if self._stage is None else self._stage.begun(place)

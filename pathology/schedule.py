@@ -6,21 +6,22 @@ Promise: whatever runs a task, its end arrives on one queue, once, as a `Done`. 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import queue
-import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from typing import Any, Protocol
 
 from pathology.errors import EnvironmentFault, UsageError
+from pathology.process import Kind, WorkerDied, WorkerProcess
 
 # Regions a worker works on at once: one reads while another's last batch is with the model.
 REGIONS_A_WORKER = 2
+# Tasks at once in each of a worker's processes; for slides: one begins while another ends.
+SLOTS: dict[Kind, int] = {"device": REGIONS_A_WORKER, "slides": 2}
+# Name of the plugin by which a Dask worker knows its processes.
+OWN_PROCESSES = "own-processes"
 SCHEDULERS = "sync, threads, processes or tcp://HOST:PORT"
 
 
@@ -39,11 +40,14 @@ class Tasks(Protocol):
 
     done: queue.SimpleQueue[Done]
     in_order: bool  # tasks run one after another in the submitting thread
+    apart: bool  # tasks for slides have processes of their own
 
-    def submit(self, token: object, function: Callable[..., Any], *arguments: Any) -> None: ...
+    def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
+        """Run `function(*arguments)`: where the model is, or, if it needs none, for "slides", where it holds no region up."""
+        ...
 
     def slots(self) -> int:
-        """How many tasks run at once."""
+        """How many regions run at once."""
         ...
 
     def close(self) -> None:
@@ -54,12 +58,12 @@ class Tasks(Protocol):
 class InOrder:
     """The reference: every task runs where it is submitted."""
 
-    in_order = True
+    in_order, apart = True, False
 
     def __init__(self) -> None:
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
 
-    def submit(self, token: object, function: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
         try:
             self.done.put(Done(token, value=function(*arguments)))
         except Exception as error:
@@ -77,18 +81,23 @@ class OnDask:
 
     in_order = False
 
-    def __init__(self, client: Any, own_cluster: Any = None) -> None:
-        from distributed import KilledWorker, Nanny
+    def __init__(self, client: Any, own_cluster: Any = None, processes: Sequence[WorkerProcess] = ()) -> None:
+        from distributed import KilledWorker
 
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        self.apart = bool(processes)
         self._client = client
         self._cluster = own_cluster
-        self._killed: type[BaseException] = KilledWorker
-        self._nanny: type[Any] = Nanny
+        self._processes = processes
+        self._deaths: tuple[type[BaseException], ...] = (KilledWorker, WorkerDied)
         self._futures: dict[object, Any] = {}
 
-    def submit(self, token: object, function: Callable[..., Any], *arguments: Any) -> None:
-        future = self._client.submit(function, *arguments, key=f"task-{uuid.uuid4().hex}", pure=False, retries=0)
+    def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
+        options: dict[str, Any] = {"key": f"task-{uuid.uuid4().hex}", "pure": False, "retries": 0}
+        if self.apart:
+            future = self._client.submit(_in_process, kind, function, *arguments, **options, resources={kind: 1})
+        else:
+            future = self._client.submit(function, *arguments, **options)
         self._futures[token] = future
         future.add_done_callback(lambda done: self._end(token, done))
 
@@ -97,7 +106,7 @@ class OnDask:
         try:
             # Waits again where the worker died after the task's end and before its value was fetched: Dask then repeats it.
             done = Done(token, value=future.result())
-        except self._killed as error:
+        except self._deaths as error:
             done = Done(token, error=error, died=True)
         except CancelledError:
             gone = EnvironmentFault("the scheduler gave up a task; see that it runs, then run the same again")
@@ -107,24 +116,22 @@ class OnDask:
         self.done.put(done)
 
     def slots(self) -> int:
+        if self.apart:
+            return len(self._processes) // len(SLOTS) * SLOTS["device"]
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
     def close(self) -> None:
-        if self._cluster is not None:
-            # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
-            for worker in self._cluster.workers.values():
-                if isinstance(worker, self._nanny):
-                    worker.auto_restart = False
-                    if worker.pid is not None:
-                        os.kill(worker.pid, signal.SIGKILL)
+        # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
+        for process in self._processes:
+            process.close()
         self._client.close(timeout=2)
         if self._cluster is not None:
             self._cluster.close(timeout=5)
 
 
 def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -> Tasks:
-    """The runner for `scheduler`: sync, threads, processes (one worker per device), or the address of one that runs.
+    """The runner for `scheduler`: sync, threads, processes (two for each device), or the address of one that runs.
 
     dashboard  address for Dask's dashboard on loopback, e.g. ":8787"; None: off
     Raises UsageError for another word, EnvironmentFault where no scheduler answers.
@@ -146,72 +153,54 @@ def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -
     return _local(scheduler == "processes", devices, dashboard)
 
 
-# What worker processes begin with. Torch alone has threads of its own, by `set_threads`. Freed memory is kept: given back to
-# the kernel at every tile, as Dask would have it, it comes back as pages to be cleared again.
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-    "DASK_LOGGING__DISTRIBUTED": "critical",
-}
+def _in_process(kind: Kind, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` in the process of that kind that belongs to the Dask worker of this thread."""
+    from distributed import get_worker
+
+    worker: Any = get_worker
+    return worker().plugins[OWN_PROCESSES].processes[kind].call(function, *arguments)
 
 
-# Not torch: it takes as long to load as all the rest, time in which the first worker can look at the first slide.
-WORKER_MODULES = [
-    "distributed.nanny",
-    "pathology.worker",
-    "pathology.result",
-    "pathology.store",
-    "pathology.readers.direct",
-    "pathology.readers.openslide_reader",
-]
+def _plugin(processes: dict[Kind, WorkerProcess]) -> Any:
+    """What ties `processes` to a Dask worker."""
+    from distributed import WorkerPlugin
 
+    base: Any = WorkerPlugin
 
-def prestart() -> None:
-    """Begin to load what worker processes need, in the process that they are forked from, while this one goes on.
+    class OwnProcesses(base):  # type: ignore[misc]  # distributed has no types here
+        name = OWN_PROCESSES
 
-    Without this call the first `open_tasks` makes it.
-    """
-    multiprocessing.set_forkserver_preload(WORKER_MODULES)
-    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
-    os.environ.update(WORKER_ENVIRONMENT)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        def __init__(self) -> None:
+            self.processes = processes
+
+    return OwnProcesses()
 
 
 def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
-    """A cluster of this run's own: a process per device, or threads of this process. Listens on loopback at most."""
-    import dask
+    """A cluster in this process: its workers' threads run the tasks, or hand each to a process of their worker's.
 
-    dask.config.set(
-        {
-            # One death must not count against the tasks that shared the worker: `run` repeats each of them alone.
-            "distributed.scheduler.allowed-failures": 0,
-            "distributed.worker.multiprocessing-method": "forkserver",
-        }
-    )
-    from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
+    So a death is known at once and concerns that worker alone, and the processes need nothing of Dask. Listens on loopback
+    at most.
+    """
+    from distributed import Client, Scheduler, SpecCluster, Worker
 
-    if processes:
-        prestart()  # nothing, if it was done before
-    place: dict[str, Any] = {"host": "127.0.0.1", "port": 0} if processes else {"protocol": "inproc://"}
     # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that
-    # it is taken), and on the machine's outer address where its protocol is inproc.
+    # it is taken), and on the machine's outer address.
     quiet = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
     port = (dashboard or "").rpartition(":")[2]
     shown = quiet if dashboard is None else {"dashboard": True, "dashboard_address": f"127.0.0.1:{port}"}
-    scheduler = {"cls": Scheduler, "options": {**place, **shown}}
-    workers: dict[int, dict[str, Any]] = {}
-    for device in range(devices if processes else 1):
-        options: dict[str, Any] = {**place, "nthreads": REGIONS_A_WORKER, "memory_limit": 0, **quiet}
-        if processes and devices > 1:
-            options["env"] = {"CUDA_VISIBLE_DEVICES": str(device)}
-        workers[device] = {"cls": Nanny if processes else Worker, "options": options}
+    scheduler = {"cls": Scheduler, "options": {"protocol": "inproc://", **shown}}
+    options: dict[str, Any] = {"protocol": "inproc://", "nthreads": REGIONS_A_WORKER, "memory_limit": 0, **quiet}
+    workers: dict[int, dict[str, Any]] = {0: {"cls": Worker, "options": options}}
+    own: list[WorkerProcess] = []
+    if processes:
+        for device in range(devices):
+            visible = {"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}
+            pair = {kind: WorkerProcess(kind, visible) for kind in SLOTS}
+            own.extend(pair.values())
+            more = {"nthreads": sum(SLOTS.values()), "resources": SLOTS, "plugins": [_plugin(pair)]}
+            workers[device] = {"cls": Worker, "options": {**options, **more}}
     make_cluster: Callable[..., Any] = SpecCluster
     make_client: Callable[..., Any] = Client
     cluster = make_cluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
-    return OnDask(make_client(cluster, set_as_default=False), cluster)
+    return OnDask(make_client(cluster, set_as_default=False), cluster, own)

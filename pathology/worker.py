@@ -32,7 +32,7 @@ from pathology.infer import Tile, infer_region
 from pathology.job import Job, key_difference, key_of
 from pathology.memory import CACHE_SHARE
 from pathology.model import Model, ModelSpec
-from pathology.models import load_model
+from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
 from pathology.plan import Plan, make_plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
@@ -148,7 +148,7 @@ def prepare(job: Job) -> Prepared:
     """
     if job.stage is not None and slide_path(job) == Path(job.slide):
         emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
-    slide, spec = _slide(job), _model(job).spec
+    slide, spec = _slide(job), _spec(job)
     fields = key_fields(job, slide, spec)
     work = Work(job.work_folder(spec.name), fields)
     put_back(job.result_folder(spec.name), work)
@@ -211,7 +211,7 @@ def _refuse_bad(tile: Tile) -> None:
 
 def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
-    slide, spec = _slide(job), _model(job).spec
+    slide, spec = _slide(job), _spec(job)
     work, plan = _work(job, slide, spec)
     record = finish(job, work, plan, slide, spec)
     with _kept.lock:
@@ -360,6 +360,15 @@ def _model(job: Job) -> Model:
         if name not in _kept.models:
             _kept.models[name] = load_model(job.model, job.device, job.precision, job.compile)
         return _kept.models[name]
+
+
+def _spec(job: Job) -> ModelSpec:
+    """The card of the job's model, which is loaded for it only where there is no other way."""
+    model = _kept.models.get((job.model, job.device, job.precision, job.compile))
+    return _card(job.model) if model is None else model.spec
+
+
+_card = functools.cache(load_spec)
 
 
 @functools.cache

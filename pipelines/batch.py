@@ -113,9 +113,9 @@ def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
         write_failure(outcome, model_name)
         return
     clear_failure(job, model_name)
-    from pathology.export.result import export_result
-
     for kind in exports:
+        from pathology.export.result import export_result  # brings zarr, which takes as long as all the rest of a run's end
+
         with output_faults(job.result_folder(model_name)):
             export_result(job.result_folder(model_name), kind)
 

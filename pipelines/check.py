@@ -12,8 +12,8 @@ from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.plan import Plan
+from pathology.process import MODULES
 from pathology.readers import open_slide
-from pathology.schedule import WORKER_MODULES
 from pathology.slide import SlideInfo
 from pathology.worker import plan_slide
 from pipelines.config import Settings, make_jobs
@@ -50,7 +50,7 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
                     spec = specs[job.model]
                     _, plan = plan_slide(job, slide, spec)
                     if job.model not in peaks:
-                        peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), WORKER_MODULES)
+                        peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), MODULES["device"])
                     yield _verdict(entry, slide.info, spec, plan, job, peaks[job.model])
         except SlideError as error:
             yield Verdict(entry, reason=error.reason, message=str(error))

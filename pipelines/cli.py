@@ -185,7 +185,7 @@ def run(
 ) -> None:
     """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv)."""
     if scheduler == "processes":
-        from pathology.schedule import prestart
+        from pathology.process import prestart
 
         prestart()
     from pipelines.batch import Conduct, run_batch

@@ -73,6 +73,7 @@ ORDER = [
     "pathology.export.result",
     "pathology.staging",
     "pathology.worker",
+    "pathology.process",
     "pathology.schedule",
     "pathology.runner",
     "pathology",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pathology import Job, worker
 from pathology.finish import read_record
+from pathology.process import Kind
 from pathology.runner import _Window, run
 from pathology.schedule import Done, InOrder
 from pathology.testing import constant
@@ -161,13 +162,13 @@ def test_a_slide_that_kills_the_measuring_worker_is_no_fault_of_the_model(refere
 
         asked: ClassVar[list[tuple[object, ...]]] = []
 
-        def submit(self, token: object, function: Callable[..., Any], *arguments: Any) -> None:
+        def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
             if function is worker.divide_cores:
                 self.asked.append(arguments[1:])
                 if len(self.asked) == 1:
                     self.done.put(Done(token, error=RuntimeError("killed"), died=True))
                     return
-            super().submit(token, function, *arguments)
+            super().submit(token, function, *arguments, kind=kind)
 
     job = replace(reference_job, out=str(tmp_path), threads=1, readers=0)
     (outcome,) = _Window([job], Mortal(), lambda _: None, threading.Event(), 1, None).outcomes()
