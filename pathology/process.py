@@ -39,8 +39,11 @@ Kind = Literal["device", "slides"]
 READING = ("pathology.worker", "pathology.readers.direct", "pathology.readers.openslide_reader")
 MODULES: dict[Kind, tuple[str, ...]] = {
     "device": ("torch", *READING),
-    "slides": (*READING, "pathology.result", "pathology.store"),
+    "slides": (*READING, "pathology.result", "pathology.store", "pyarrow.parquet", "numpy.ma"),
 }
+
+# What begins and ends slides yields to what infers, which the run waits for.
+NICE = 5
 
 _START = "import sys; sys.path[:] = sys.argv[3:]; from pathology.process import serve; serve(int(sys.argv[1]), sys.argv[2])"
 
@@ -159,6 +162,8 @@ def serve(socket: int, kind: Kind) -> None:
     """Work on the calls that come over `socket`, until its other end is closed or its holder is dead."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the caller decides when to stop, and takes this process along
+    if kind == "slides":
+        os.nice(NICE)
     slow, *others = MODULES[kind]
     threading.Thread(target=importlib.import_module, args=(slow,), daemon=True).start()
     for module in others:

@@ -5,11 +5,11 @@ Promise: memory is bounded by the picture and one block of the slide, whatever l
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
@@ -28,8 +28,8 @@ LEAST_PX = 64
 LARGEST_PX = 1560
 _kept: WeakKeyDictionary[Slide, NDArray[np.uint8]] = WeakKeyDictionary()
 
-# Photographs hardly shrink further at higher levels, which take twice as long.
-PNG_LEVEL = 3
+# Photographs hardly shrink further at higher levels, which take up to four times as long.
+PNG_LEVEL = 1
 
 # A thumbnail may be smaller than asked for by this factor.
 SMALLER = 1.5
@@ -146,9 +146,7 @@ def fit_text(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """The image as PNG with no metadata: equal pixels, equal bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(
-        buffer, format="PNG", compress_level=PNG_LEVEL
-    )  # a fresh image carries no info of the old one
-    return buffer.getvalue()
+    """The image, RGB or RGBA, as PNG with no metadata: equal pixels, equal bytes."""
+    pixels = np.ascontiguousarray(image)
+    # Each row less the one above it: for photographs as small as the best of all filters, found in a third of the time.
+    return bytes(imagecodecs.png_encode(pixels, level=PNG_LEVEL, filter=imagecodecs.PNG.FILTER.UP))

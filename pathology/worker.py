@@ -73,6 +73,7 @@ class _Kept:
         self.device_lock = threading.Lock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
         self.tissue: WeakKeyDictionary[Slide, dict[str, TissueMask]] = WeakKeyDictionary()
+        self.tissue_files: WeakKeyDictionary[Slide, dict[str, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.models: dict[tuple[object, ...], Model] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
@@ -99,7 +100,7 @@ def look(job: Job) -> None:
     """Open the job's slide, find its tissue and make its picture, so that `prepare` finds them. What fails is left to it."""
     with suppress(PathologyError):
         slide = _slide(job)
-        _tissue(slide, job.tissue)
+        _tissue_files(slide, job.tissue)
         picture(slide, 1, LARGEST_PX)
 
 
@@ -156,8 +157,8 @@ def prepare(job: Job) -> Prepared:
     if record is not None:
         work.clear()
         return Prepared(record)
-    tissue, plan = plan_slide(job, slide, spec)
-    _write_tissue(job, slide, tissue)
+    _, plan = plan_slide(job, slide, spec)
+    _write_tissue(job, _tissue_files(slide, job.tissue))
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
@@ -235,6 +236,15 @@ def _tissue(slide: Slide, method: Literal["otsu", "none"]) -> TissueMask:
     return found[method]
 
 
+def _tissue_files(slide: Slide, method: Literal["otsu", "none"]) -> tuple[bytes, bytes]:
+    """What TISSUE_FILES hold, made once as long as the slide is open."""
+    made = _kept.tissue_files.setdefault(slide, {})
+    if method not in made:
+        tissue = _tissue(slide, method)
+        made[method] = tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue)
+    return made[method]
+
+
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
     """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
     return {
@@ -284,8 +294,7 @@ def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, An
     )
 
 
-def _write_tissue(job: Job, slide: Slide, tissue: TissueMask) -> None:
-    contents = (tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue))
+def _write_tissue(job: Job, contents: tuple[bytes, bytes]) -> None:
     for name, data in zip(TISSUE_FILES, contents, strict=True):
         path = job.slide_folder / name
         others = list(job.slide_folder.glob("*/manifest.json")) if path.exists() else []

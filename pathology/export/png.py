@@ -95,9 +95,10 @@ def _blend(
     height, width = heatmap.shape
     outside = ((rows < 0) | (rows >= height))[:, None] | ((cols < 0) | (cols >= width))[None, :]
     # Coloured first: a heatmap has far fewer pixels than its picture.
-    rgba = colorize(heatmap, *spec.display)[np.clip(rows, 0, height - 1)[:, None], np.clip(cols, 0, width - 1)[None, :]]
+    small = colorize(heatmap, *spec.display).view(np.uint32)[..., 0]
+    rgba = small.take(np.clip(rows, 0, height - 1), axis=0).take(np.clip(cols, 0, width - 1), axis=1)
     rgba[outside] = 0
-    colored = Image.fromarray(rgba)
+    colored = Image.fromarray(rgba.view(np.uint8).reshape(*rgba.shape, 4))
     tinted = Image.blend(image.convert("L").convert("RGB"), colored.convert("RGB"), OPACITY)
     return Image.composite(tinted, image, colored.getchannel("A"))
 
