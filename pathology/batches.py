@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +57,70 @@ def tiles_ahead(input_px: int, threads: int) -> int:
     return chunk_tiles(input_px) * (CHUNKS_AHEAD * threads + 1)
 
 
+class Chunk(Protocol):
+    """Tiles that are being read."""
+
+    def tiles(self) -> Iterator[Pixels | None]:
+        """Once, in order. A tile's pixels may be written over as soon as the next one is asked for."""
+        ...
+
+    def drop(self) -> None:
+        """They will not be asked for."""
+        ...
+
+
+class Source(Protocol):
+    """The tiles of one region, by their number, and who reads them."""
+
+    @property
+    def threads(self) -> int:
+        """How many chunks are read at once."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether `fetch` is worth a thread that waits for it."""
+        ...
+
+    def reserve(self, first: int, end: int) -> None:
+        """Make room for what rows of tiles share; these are the widest row."""
+        ...
+
+    def read(self, first: int, end: int) -> Chunk: ...
+
+    def fetch(self, first: int, end: int) -> Future[Any]:
+        """Fetch the bytes under these tiles, without decoding them."""
+        ...
+
+
+def read_ahead(source: Source, tiles: NDArray[np.int32], chunk: int) -> Iterator[Pixels | None]:
+    """What `source` gives for its `tiles` (row, col), in order: by chunks of so many, some of them read ahead."""
+    fetched: deque[Future[Any]] = deque()
+    ahead: deque[Chunk] = deque()
+    rows = deque(_rows(tiles[:, 0]))
+    if rows:
+        source.reserve(*max(rows, key=lambda row: row[1] - row[0]))
+    try:
+        while rows:
+            first, end = rows.popleft()
+            if fetched:
+                fetched.popleft().result()
+            if source.slow:
+                for row in list(rows)[len(fetched) : ROWS_AHEAD]:
+                    fetched.append(source.fetch(*row))
+            for start in range(first, end, chunk):
+                ahead.append(source.read(start, min(start + chunk, end)))
+                if len(ahead) >= CHUNKS_AHEAD * source.threads:
+                    yield from ahead.popleft().tiles()
+        while ahead:
+            yield from ahead.popleft().tiles()
+    finally:
+        for waited in fetched:
+            waited.cancel()
+        for read in ahead:
+            read.drop()
+
+
 def read_tiles(
     slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32], pool: ReadPool | None, clock: Clock | None = None
 ) -> Iterator[Pixels | None]:
@@ -62,52 +128,75 @@ def read_tiles(
 
     Without a pool everything happens in the calling thread, tile by tile. `clock` is told what time the reading took.
     """
-    shape, size = (spec.input_px, spec.input_px), (grid.l0_tile, grid.l0_tile)
-    origins = grid.l0_origins(tiles)
-
-    def windows(first: int, end: int) -> Iterator[Window]:
-        return (slide.window((y, x), size, shape, spec.read) for y, x in origins[first:end].tolist())
-
-    def read(first: int, end: int) -> list[Pixels | None]:
-        with counting(clock):
-            chunk = list(windows(first, end))
-            if len(chunk) > 1:
-                slide.prefetch(chunk)
-            return [_read(slide, window) for window in chunk]
-
-    def fetch(first: int, end: int) -> None:
-        with counting(clock):
-            slide.prefetch(windows(first, end))
-
-    if pool is None:
-        for place in range(len(tiles)):
-            yield from read(place, place + 1)
+    if pool is not None:
+        yield from read_ahead(_Local(slide, spec, grid, tiles, pool, clock), tiles, chunk_tiles(spec.input_px))
         return
-    fetched: deque[Future[None]] = deque()
-    ahead: deque[Future[list[Pixels | None]]] = deque()
-    rows = deque(_rows(tiles[:, 0]))
-    chunk = chunk_tiles(spec.input_px)
-    if rows:
-        slide.reserve(windows(*max(rows, key=lambda row: row[1] - row[0])))
-    try:
-        while rows:
-            first, end = rows.popleft()
-            if fetched:
-                fetched.popleft().result()
-            if slide.slow:
-                for row in list(rows)[len(fetched) : ROWS_AHEAD]:
-                    fetched.append(pool.fetch.submit(fetch, *row))
-            for start in range(first, end, chunk):
-                ahead.append(pool.decode.submit(read, start, min(start + chunk, end)))
-                if len(ahead) >= CHUNKS_AHEAD * pool.threads:
-                    yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-    finally:
-        for waited in fetched:
-            waited.cancel()
-        for future in ahead:
-            future.cancel()
+    for place in range(len(tiles)):
+        with counting(clock):
+            tile = next(read_chunk(slide, spec, grid, tiles[place : place + 1]))
+        yield tile
+
+
+def windows(slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32]) -> Iterator[Window]:
+    """What has to be read for each of `tiles` (row, col)."""
+    shape, size = (spec.input_px, spec.input_px), (grid.l0_tile, grid.l0_tile)
+    return (slide.window((y, x), size, shape, spec.read) for y, x in grid.l0_origins(tiles).tolist())
+
+
+def read_chunk(slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32]) -> Iterator[Pixels | None]:
+    """As `read_tiles`, in this thread, of tiles side by side, whose bytes are fetched together."""
+    chunk = list(windows(slide, spec, grid, tiles))
+    if len(chunk) > 1:
+        slide.prefetch(chunk)
+    return (_read(slide, window) for window in chunk)
+
+
+class _Local:
+    """Tiles read by threads of this process."""
+
+    def __init__(
+        self, slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32], pool: ReadPool, clock: Clock | None
+    ) -> None:
+        self._place = (slide, spec, grid)
+        self._tiles = tiles
+        self._pool = pool
+        self._clock = clock
+
+    @property
+    def threads(self) -> int:
+        return self._pool.threads
+
+    @property
+    def slow(self) -> bool:
+        return self._place[0].slow
+
+    def reserve(self, first: int, end: int) -> None:
+        self._place[0].reserve(windows(*self._place, self._tiles[first:end]))
+
+    def read(self, first: int, end: int) -> Chunk:
+        def work() -> list[Pixels | None]:
+            with counting(self._clock):
+                return list(read_chunk(*self._place, self._tiles[first:end]))
+
+        return _LocalChunk(self._pool.decode.submit(work))
+
+    def fetch(self, first: int, end: int) -> Future[Any]:
+        def work() -> None:
+            with counting(self._clock):
+                self._place[0].prefetch(windows(*self._place, self._tiles[first:end]))
+
+        return self._pool.fetch.submit(work)
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalChunk:
+    read: Future[list[Pixels | None]]
+
+    def tiles(self) -> Iterator[Pixels | None]:
+        yield from self.read.result()
+
+    def drop(self) -> None:
+        self.read.cancel()
 
 
 def _read(slide: Slide, window: Window) -> Pixels | None:

@@ -28,6 +28,12 @@ class Clock:
         with self._lock:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
+    def merge(self, seconds: Mapping[str, float]) -> None:
+        """Add what another clock has counted."""
+        with self._lock:
+            for stage, more in seconds.items():
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + more
+
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage in `STAGES`, rounded to microseconds."""
         with self._lock:

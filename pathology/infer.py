@@ -8,32 +8,28 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.batches import ReadPool, read_tiles
-from pathology.clock import Clock, timed
+from pathology.clock import timed
 from pathology.errors import Reason, SlideError
 from pathology.model import ModelSpec
 from pathology.plan import Plan, Region
 from pathology.predictor import Predict
-from pathology.slide import Slide
 from pathology.stitch import Canvas, blend_window
 
 Tile = tuple[int, int]
 
 
 def infer_region(
-    slide: Slide,
+    read: Callable[[NDArray[np.int32]], Iterator[NDArray[np.uint8] | None]],
     spec: ModelSpec,
     plan: Plan,
     region: Region,
     predict: Predict,
     on_bad: Callable[[Tile], None],
-    pool: ReadPool | None = None,
-    clock: Clock | None = None,
 ) -> Generator[NDArray[np.float32], None, None]:
     """The rows of `region.box` as `stitch.bands` cuts them: (C, h, W) float32 scores, NaN where no tile fell.
 
-    on_bad  told of each tile (row, col) that cannot be decoded. It goes to no model and leaves nothing on the canvas
-    clock   told what time reading takes; the other stages count for this thread's own clock
+    read    gives the pixels of tiles (row, col), in order, as `read_tiles` does; None for one that cannot be decoded
+    on_bad  told of each such tile (row, col). It goes to no model and leaves nothing on the canvas
 
     Raises SlideError(BAD_SCORES) where the model answers NaN or infinity: it must not spread into its neighbours.
     """
@@ -41,8 +37,7 @@ def infer_region(
     asked: deque[Tile] = deque()  # tiles that the model was given and has not answered: it takes them ahead
 
     def readable() -> Iterator[NDArray[np.uint8]]:
-        pixels = read_tiles(slide, spec, plan.grid, region.tiles, pool, clock)
-        for (row, col), tile in zip(region.tiles.tolist(), pixels, strict=True):
+        for (row, col), tile in zip(region.tiles.tolist(), read(region.tiles), strict=True):
             if tile is None:
                 on_bad((row, col))
                 continue

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pathology import worker
+from pathology import slide_worker, worker
 from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import MANIFEST
@@ -170,7 +170,7 @@ class _Window:
         shared: dict[tuple[object, ...], list[_State]] = {}
         if self._states and self._tasks.apart:
             # While one process loads torch for the first model, another can look at the first slide.
-            self._tasks.submit(LOOK, worker.look, replace(self._states[0].job, stage=None), kind="slides")
+            self._tasks.submit(LOOK, slide_worker.look, replace(self._states[0].job, stage=None), kind="slides")
         for state in self._states:
             shared.setdefault(worker.model_of(state.job), []).append(state)
         for states in shared.values():
@@ -242,11 +242,11 @@ class _Window:
         job = replace(state.job, stage=None if self._stage is None else self._stage.folder(task.place))
         if task.kind == "prepare":
             self._report_staging(task.place)
-            self._tasks.submit(task, worker.prepare, job, kind="slides")
+            self._tasks.submit(task, slide_worker.prepare, job, kind="slides")
         elif task.kind == "region":
             self._tasks.submit(task, worker.run_region, job, task.region, self._tasks.in_order)
         else:
-            self._tasks.submit(task, worker.finish_slide, job, kind="slides")
+            self._tasks.submit(task, slide_worker.finish_slide, job, kind="slides")
 
     def _report_staging(self, place: int) -> None:
         copy = None if self._stage is None else self._stage.begun(place)
@@ -291,7 +291,7 @@ class _Window:
             self._first.append(_Task("finish", task.place))
         return None
 
-    def _prepared(self, place: int, state: _State, prepared: worker.Prepared) -> Outcome | None:
+    def _prepared(self, place: int, state: _State, prepared: slide_worker.Prepared) -> Outcome | None:
         if prepared.record is not None:
             return Outcome(state.job, prepared.record["status"], prepared.record, before=True)
         state.todo = deque(prepared.todo)

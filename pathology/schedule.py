@@ -13,8 +13,9 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pathology.calls import WorkerDied
 from pathology.errors import EnvironmentFault, UsageError
-from pathology.process import Kind, WorkerDied, WorkerProcess
+from pathology.process import Kind, WorkerPair
 
 # Regions a worker works on at once: one reads while another's last batch is with the model.
 REGIONS_A_WORKER = 2
@@ -81,14 +82,14 @@ class OnDask:
 
     in_order = False
 
-    def __init__(self, client: Any, own_cluster: Any = None, processes: Sequence[WorkerProcess] = ()) -> None:
+    def __init__(self, client: Any, own_cluster: Any = None, pairs: Sequence[WorkerPair] = ()) -> None:
         from distributed import KilledWorker
 
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
-        self.apart = bool(processes)
+        self.apart = bool(pairs)
         self._client = client
         self._cluster = own_cluster
-        self._processes = processes
+        self._pairs = pairs
         self._deaths: tuple[type[BaseException], ...] = (KilledWorker, WorkerDied)
         self._futures: dict[object, Any] = {}
 
@@ -117,14 +118,14 @@ class OnDask:
 
     def slots(self) -> int:
         if self.apart:
-            return len(self._processes) // len(SLOTS) * SLOTS["device"]
+            return len(self._pairs) * SLOTS["device"]
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
     def close(self) -> None:
         # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
-        for process in self._processes:
-            process.close()
+        for pair in self._pairs:
+            pair.close()
         self._client.close(timeout=2)
         if self._cluster is not None:
             self._cluster.close(timeout=5)
@@ -158,11 +159,11 @@ def _in_process(kind: Kind, function: Callable[..., Any], *arguments: Any) -> An
     from distributed import get_worker
 
     worker: Any = get_worker
-    return worker().plugins[OWN_PROCESSES].processes[kind].call(function, *arguments)
+    return worker().plugins[OWN_PROCESSES].pair.call(kind, function, *arguments)
 
 
-def _plugin(processes: dict[Kind, WorkerProcess]) -> Any:
-    """What ties `processes` to a Dask worker."""
+def _plugin(pair: WorkerPair) -> Any:
+    """What ties `pair` to a Dask worker."""
     from distributed import WorkerPlugin
 
     base: Any = WorkerPlugin
@@ -171,7 +172,7 @@ def _plugin(processes: dict[Kind, WorkerProcess]) -> Any:
         name = OWN_PROCESSES
 
         def __init__(self) -> None:
-            self.processes = processes
+            self.pair = pair
 
     return OwnProcesses()
 
@@ -192,15 +193,13 @@ def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
     scheduler = {"cls": Scheduler, "options": {"protocol": "inproc://", **shown}}
     options: dict[str, Any] = {"protocol": "inproc://", "nthreads": REGIONS_A_WORKER, "memory_limit": 0, **quiet}
     workers: dict[int, dict[str, Any]] = {0: {"cls": Worker, "options": options}}
-    own: list[WorkerProcess] = []
+    pairs: list[WorkerPair] = []
     if processes:
         for device in range(devices):
-            visible = {"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}
-            pair = {kind: WorkerProcess(kind, visible) for kind in SLOTS}
-            own.extend(pair.values())
-            more = {"nthreads": sum(SLOTS.values()), "resources": SLOTS, "plugins": [_plugin(pair)]}
+            pairs.append(WorkerPair({"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}))
+            more = {"nthreads": sum(SLOTS.values()), "resources": SLOTS, "plugins": [_plugin(pairs[device])]}
             workers[device] = {"cls": Worker, "options": {**options, **more}}
     make_cluster: Callable[..., Any] = SpecCluster
     make_client: Callable[..., Any] = Client
     cluster = make_cluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
-    return OnDask(make_client(cluster, set_as_default=False), cluster, own)
+    return OnDask(make_client(cluster, set_as_default=False), cluster, pairs)

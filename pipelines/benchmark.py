@@ -5,6 +5,7 @@ Promise: nothing is written; the three are measured on the same tiles in one pro
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,8 +25,8 @@ from pathology.plan import Plan, cut
 from pathology.predictor import Predictor
 from pathology.readers import open_slide
 from pathology.slide import Slide
+from pathology.slide_worker import plan_slide
 from pathology.threads import split_threads
-from pathology.worker import plan_slide
 from pipelines.bottleneck import bottleneck
 
 READ_TILES = 128  # read alone, by one thread
@@ -74,8 +75,9 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
         clock, began = Clock(), time.perf_counter()
         predictor = Predictor(model, job.batch_size)
         with closing(predictor), closing(ReadPool(readers)) as pool, counting(clock):
+            read = functools.partial(read_tiles, slide, model.spec, plan.grid, pool=pool, clock=clock)
             for region in plan.regions:
-                for _ in infer_region(slide, model.spec, plan, region, predictor.predict, lambda _: None, pool, clock):
+                for _ in infer_region(read, model.spec, plan, region, predictor.predict, lambda _: None):
                     pass
         seconds = time.perf_counter() - began
     tiles = plan.forward_passes

@@ -15,7 +15,7 @@ from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
 from pathology.slide import SlideInfo
-from pathology.worker import plan_slide
+from pathology.slide_worker import plan_slide
 from pipelines.config import Settings, make_jobs
 from pipelines.slides import SlideEntry
 

@@ -102,7 +102,7 @@ def job_options(command: Command) -> Command:
             "--tissue", type=click.Choice(["otsu", "none"]), default="otsu", show_default=True, help="How tissue is found."
         ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
-        click.option("--num-workers", type=int, help="Threads that read tiles, per worker process.  [default: measured]"),
+        click.option("--num-workers", type=int, help="Threads that read tiles, for each device.  [default: measured]"),
         click.option(
             "--memory",
             type=Bytes(),
@@ -135,7 +135,7 @@ def job_options(command: Command) -> Command:
     "--scheduler",
     default="processes",
     show_default=True,
-    help="sync, threads, processes (one worker per device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
+    help="sync, threads, processes (two for each device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
 )
 @click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
 @click.option("--export", "exports", multiple=True, type=click.Choice(["csv", "qupath", "png"]), help="Write these as well.")

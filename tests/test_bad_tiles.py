@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from slides import noise_pixels
 
-from pathology import Job, open_heatmap, worker
+from pathology import Job, open_heatmap, slide_worker
 from pathology.errors import Reason
 from pathology.export.table import read_parquet
 from pathology.finish import BAD_TILES, read_manifest
@@ -41,12 +41,12 @@ def damage(monkeypatch: pytest.MonkeyPatch) -> Damage:
     pixels = noise_pixels(200, 170)
 
     def damaged(bad: Sequence[tuple[int, Box]]) -> None:
-        worker._kept.slides.clear()
+        slide_worker._kept.slides.clear()
 
         def open_damaged(*_: object, **__: object) -> Slide:
             return array_slide(pixels, bad=bad)
 
-        monkeypatch.setattr(worker, "open_slide", open_damaged)
+        monkeypatch.setattr(slide_worker, "open_slide", open_damaged)
 
     damaged(())
     return damaged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pathology.batches import read_tiles
 from pathology.clock import STAGES, Clock, counting, covered, current, timed, total
 from pathology.infer import infer_region
 from pathology.job import Job
@@ -69,8 +71,9 @@ def test_a_region_is_charged_for_its_own_tiles() -> None:
     (region,) = plan.regions
     predictor, clock = Predictor(model, 4), Clock()
     try:
+        read = partial(read_tiles, slide, model.spec, plan.grid, pool=None, clock=clock)
         with counting(clock):
-            bands = list(infer_region(slide, model.spec, plan, region, predictor.predict, print, None, clock))
+            bands = list(infer_region(read, model.spec, plan, region, predictor.predict, print))
     finally:
         predictor.close()
     assert np.concatenate(bands, axis=1).shape == (3, 96, 96)

@@ -306,7 +306,8 @@ def test_a_regions_memory_follows_its_width_and_stays_within_the_bound(tmp_path:
         (region,) = plan.regions
         tracemalloc.start()
         try:
-            with closing(infer_region(slide, model.spec, plan, region, partial(predict_in_order, model, 2), print)) as rows:
+            read = partial(read_tiles, slide, model.spec, plan.grid, pool=None)
+            with closing(infer_region(read, model.spec, plan, region, partial(predict_in_order, model, 2), print)) as rows:
                 work.stage(region, rows)
             peak = tracemalloc.get_traced_memory()[1]
         finally:

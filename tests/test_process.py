@@ -1,4 +1,4 @@
-"""A worker process: what it answers, what its end means for its callers, and that it never outlives them."""
+"""A pair of worker processes: what they answer, what the end of one means for its callers, and that none outlives them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,36 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from pathology.calls import SharedMemory, WorkerDied, neighbour, shared_file
 from pathology.errors import Reason, SlideError
-from pathology.process import WorkerDied, WorkerProcess
+from pathology.process import MODULES, WorkerPair
+
+Call = Callable[..., Any]
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def process() -> Iterator[WorkerProcess]:
-    with closing(WorkerProcess("slides")) as started:
+def pair() -> Iterator[WorkerPair]:
+    with closing(WorkerPair()) as started:
         yield started
+
+
+@pytest.fixture
+def call(pair: WorkerPair) -> Call:
+    """Call in the process for slides."""
+    return partial(pair.call, "slides")
 
 
 def loaded(*names: str) -> list[str]:
@@ -52,92 +64,157 @@ def leave() -> None:
     sys.exit("left")
 
 
-def test_calls_are_answered_by_another_process(process: WorkerProcess) -> None:
-    assert process.call(os.getpid) != os.getpid()
-    assert process.call(divmod, 7, 2) == (3, 1)
+def test_calls_are_answered_by_another_process(call: Call) -> None:
+    assert call(os.getpid) != os.getpid()
+    assert call(divmod, 7, 2) == (3, 1)
 
 
-def test_calls_run_side_by_side(process: WorkerProcess) -> None:
+def test_calls_run_side_by_side(pair: WorkerPair, call: Call) -> None:
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(process.call, time.sleep, 30)
-        assert pool.submit(process.call, int, "7").result(timeout=20) == 7
+        first = pool.submit(call, time.sleep, 30)
+        assert pool.submit(call, int, "7").result(timeout=20) == 7
         assert not first.done()
-        process.close()
+        pair.close()
         assert isinstance(first.exception(timeout=5), WorkerDied)
 
 
-def test_the_process_for_slides_loads_no_torch(process: WorkerProcess) -> None:
-    assert process.call(loaded, "torch", "distributed", "zarr") == ["zarr"]
+def test_the_process_for_slides_loads_no_torch(call: Call) -> None:
+    assert call(loaded, "torch", "distributed", "zarr") == ["zarr"]
 
 
-def test_errors_come_back_as_they_are_with_their_traceback(process: WorkerProcess) -> None:
+def test_errors_come_back_as_they_are_with_their_traceback(call: Call) -> None:
     with pytest.raises(SlideError, match="cut short") as caught:
-        process.call(refuse)
+        call(refuse)
     assert caught.value.reason is Reason.TRUNCATED
     assert "in refuse" in caught.value.__notes__[0]
 
 
-def test_errors_that_cannot_be_sent_come_back_as_their_text(process: WorkerProcess) -> None:
+def test_errors_that_cannot_be_sent_come_back_as_their_text(call: Call) -> None:
     with pytest.raises(RuntimeError, match="Peculiar: 1 and 2"):
-        process.call(peculiar)
+        call(peculiar)
     with pytest.raises(RuntimeError, match="SystemExit: left"):
-        process.call(leave)
+        call(leave)
     with pytest.raises(TypeError, match="cannot pickle"):
-        process.call(threading.Lock)
-    assert process.call(int, "7") == 7
+        call(threading.Lock)
+    assert call(int, "7") == 7
 
 
-def test_a_death_ends_all_calls_and_the_next_call_finds_a_new_process(process: WorkerProcess) -> None:
-    before = process.call(os.getpid)
+def test_a_death_ends_all_calls_and_the_next_call_finds_a_new_process(call: Call) -> None:
+    before = call(os.getpid)
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(process.call, time.sleep, 30)
+        waiting = pool.submit(call, time.sleep, 30)
         with pytest.raises(WorkerDied, match="ended with code 134"):
-            process.call(os._exit, 134)
+            call(os._exit, 134)
         assert isinstance(waiting.exception(timeout=5), WorkerDied)
-    after = process.call(os.getpid)
+    after = call(os.getpid)
     assert after != before
     assert not psutil.pid_exists(before)
 
 
-def test_signals_for_the_whole_job_are_left_to_the_caller(process: WorkerProcess) -> None:
-    pid = process.call(os.getpid)
+def test_signals_for_the_whole_job_are_left_to_the_caller(call: Call) -> None:
+    pid = call(os.getpid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(pid, number)
-    assert process.call(os.getpid) == pid
+    assert call(os.getpid) == pid
 
 
 def test_the_environment_is_there_again_after_a_death() -> None:
-    with closing(WorkerProcess("slides", {"SEEN": "yes"})) as process:
-        assert process.call(os.getenv, "SEEN") == "yes"
-        assert process.call(os.getenv, "OMP_NUM_THREADS") == "1"
+    with closing(WorkerPair({"SEEN": "yes"})) as pair:
+        call = partial(pair.call, "slides")
+        assert call(os.getenv, "SEEN") == "yes"
+        assert call(os.getenv, "OMP_NUM_THREADS") == "1"
         with pytest.raises(WorkerDied):
-            process.call(os._exit, 1)
-        assert process.call(os.getenv, "SEEN") == "yes"
+            call(os._exit, 1)
+        assert call(os.getenv, "SEEN") == "yes"
 
 
-def test_a_closed_process_takes_no_calls(process: WorkerProcess) -> None:
-    pid = process.call(os.getpid)
-    process.close()
+def test_a_closed_pair_takes_no_calls(pair: WorkerPair, call: Call) -> None:
+    pid = call(os.getpid)
+    pair.close()
     with pytest.raises(WorkerDied):
-        process.call(int, "7")
+        call(int, "7")
     assert not psutil.pid_exists(pid)
 
 
 CALLER = """
 import os, threading, time
-from pathology.process import WorkerProcess
-process = WorkerProcess("slides")
-print(process.call(os.getpid), flush=True)
-threading.Thread(target=process.call, args=(time.sleep, 60)).start()
+from pathology.process import WorkerPair
+pair = WorkerPair()
+print(pair.call("slides", os.getpid), pair.call("device", os.getpid), flush=True)
+threading.Thread(target=pair.call, args=("device", time.sleep, 60)).start()
 time.sleep(60)
 """
 
 
-def test_it_ends_with_its_caller_however_that_ends() -> None:
+def test_both_end_with_their_caller_however_that_ends() -> None:
     caller = subprocess.Popen([sys.executable, "-c", CALLER], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert caller.stdout is not None
     with caller.stdout:
-        worker = psutil.Process(int(caller.stdout.readline()))
+        workers = [psutil.Process(int(pid)) for pid in caller.stdout.readline().split()]
         caller.kill()
         caller.wait()
-    worker.wait(timeout=5)
+    for worker in workers:
+        worker.wait(timeout=5)
+
+
+def fill(place: int, count: int, value: int) -> int:
+    """In the process for slides: write to the block that its neighbour took."""
+    beside = neighbour()
+    assert beside is not None
+    beside.memory.array(place, count)[...] = value
+    return os.getpid()
+
+
+def filled(values: list[int]) -> list[int]:
+    """In the process for a device: what its neighbour wrote, one block after the other, each given back."""
+    beside = neighbour()
+    assert beside is not None
+    assert beside.calls is not None
+    seen = []
+    for value in values:
+        place = beside.memory.take(10_000)
+        beside.calls.ask(fill, place, 10_000, value).result()
+        seen.extend(np.unique(beside.memory.array(place, 10_000)).tolist())
+        beside.memory.give(place, 10_000)
+    return seen
+
+
+def end_of_the_neighbour() -> None:
+    """In the process for a device: ask its neighbour to end, and tell how that came out."""
+    beside = neighbour()
+    assert beside is not None
+    assert beside.calls is not None
+    beside.calls.ask(os._exit, 134).result()
+
+
+def test_the_pair_shares_memory(pair: WorkerPair) -> None:
+    assert pair.call("device", filled, [7, 0, 255]) == [7, 0, 255]
+
+
+def test_when_one_dies_the_other_is_replaced_as_well(pair: WorkerPair) -> None:
+    before = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+    with pytest.raises(WorkerDied):
+        pair.call("slides", os._exit, 134)
+    middle = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+    assert not set(before.values()) & set(middle.values())
+    # Here it is the neighbour that tells, and the caller may not have heard of it otherwise.
+    with pytest.raises(WorkerDied):
+        pair.call("device", end_of_the_neighbour)
+    after = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+    assert not set(middle.values()) & set(after.values())
+    assert pair.call("device", filled, [1]) == [1]
+
+
+def test_shared_blocks_are_taken_again_only_when_they_were_given_back() -> None:
+    descriptor = shared_file()
+    try:
+        memory = SharedMemory(descriptor)
+        first, second = memory.take(100), memory.take(100)
+        assert first != second
+        memory.array(second, 100)[...] = 3
+        memory.give(first, 100)
+        assert memory.take(100) == first
+        assert memory.take(100) not in (first, second)
+        assert (memory.array(second, 100) == 3).all()
+    finally:
+        os.close(descriptor)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import pathology
-from pathology import worker
+from pathology import slide_worker, worker
 from pathology.errors import EnvironmentFault, ModelError, Reason, SlideError, UsageError
 from pathology.finish import read_manifest
 from pathology.integrity import verify
@@ -133,7 +133,7 @@ def test_a_region_that_cannot_be_written_keeps_no_other_waiting(
     reference_job: pathology.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = replace(reference_job, out=str(tmp_path), block=10)
-    left = worker.prepare(job).todo
+    left = slide_worker.prepare(job).todo
 
     def full(work: Work, region: Region, rows: Iterator[np.ndarray]) -> list[str]:
         next(rows)
@@ -147,7 +147,7 @@ def test_a_region_that_cannot_be_written_keeps_no_other_waiting(
     others.start()
     others.join(60)
     assert not others.is_alive(), "tiles of the failed region are waited for"
-    assert worker.prepare(job).todo == ()
+    assert slide_worker.prepare(job).todo == ()
     assert kept.traceback  # which holds the frames of the failed region, as a scheduler does
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from pathology import staging, worker
+from pathology import slide_worker, staging
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.events import read_events
 from pathology.finish import read_manifest
@@ -79,9 +79,9 @@ def test_a_staged_run_leaves_the_slides_alone_and_gives_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert command(folder, "--out", tmp_path / "plain").exit_code == 1
-    prepare, read = worker.prepare, []
+    prepare, read = slide_worker.prepare, []
 
-    def prepare_without_originals(job: Job) -> worker.Prepared:
+    def prepare_without_originals(job: Job) -> slide_worker.Prepared:
         if job.stage is None:
             assert "cut" in job.slide
             return prepare(job)
@@ -91,7 +91,7 @@ def test_a_staged_run_leaves_the_slides_alone_and_gives_the_same_bytes(
         read.append(job.slide_id)
         return prepare(job)
 
-    monkeypatch.setattr(worker, "prepare", prepare_without_originals)
+    monkeypatch.setattr(slide_worker, "prepare", prepare_without_originals)
     done = command(folder, "--out", tmp_path / "staged", "--stage", tmp_path / "disk")
     assert done.exit_code == 1, done.output
     assert len(read) == 4
@@ -292,13 +292,13 @@ def test_a_failure_stands_with_and_without(folder: Path, tmp_path: Path) -> None
 def test_a_copy_that_is_lost_is_said_and_the_slide_read_in_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = worker.prepare
+    prepare = slide_worker.prepare
 
-    def swept(job: Job) -> worker.Prepared:
+    def swept(job: Job) -> slide_worker.Prepared:
         shutil.rmtree(Path(job.stage or ""))
         return prepare(job)
 
-    monkeypatch.setattr(worker, "prepare", swept)
+    monkeypatch.setattr(slide_worker, "prepare", swept)
     assert command(folder / "a.svs", "--out", tmp_path / "out", "--stage", tmp_path / "disk").exit_code == 0
     (event,) = events(tmp_path / "out", "slide-in-place")
     assert "is gone" in str(event["why"])

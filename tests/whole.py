@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.batches import ReadPool
+from pathology.batches import ReadPool, read_tiles
 from pathology.grid import TileGrid
 from pathology.infer import Tile, infer_region
 from pathology.model import Model, ModelSpec
@@ -54,7 +54,8 @@ def heatmap(
     bad_tiles = set() if bad_tiles is None else bad_tiles
     whole = np.full((len(model.spec.classes), *plan.frame.shape), np.nan, np.float32)
     predict = predict or partial(predict_in_order, model, batch_size)
+    read = partial(read_tiles, slide, model.spec, plan.grid, pool=pool)
     for region in plan.regions:
-        rows = infer_region(slide, model.spec, plan, region, predict, bad_tiles.add, pool)
+        rows = infer_region(read, model.spec, plan, region, predict, bad_tiles.add)
         whole[:, *region.box.slices()] = np.concatenate(list(rows), axis=1)
     return whole

@@ -1,0 +1,182 @@
+"""Function calls from one process to another over a socket, and memory that both see.
+
+Promise: every call is answered once: by what the function returned or raised, or by WorkerDied where the other side is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.errors import PathologyError
+
+
+class WorkerDied(PathologyError):
+    """The process ended while it worked on the call."""
+
+
+class Calls:
+    """The asking end of a socket. Calls run side by side there, and end in any order.
+
+    ended  called once the other side is gone, before callers are told; gives what they are told
+    """
+
+    def __init__(self, connection: Connection, ended: Callable[[], str] = lambda: "the other process ended") -> None:
+        self._connection = connection
+        self._ended = ended
+        self._numbers = itertools.count()
+        self._asked: dict[int, Future[Any]] = {}
+        self._lock = threading.Lock()  # of the calls; another for the socket, since an answer must not wait for a question
+        self._sending = threading.Lock()
+        self._why = ""
+        threading.Thread(target=self._receive, name="answers", daemon=True).start()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the other side has ended."""
+        return bool(self._why)
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """What `function(*arguments)` returns or raises there, some time; WorkerDied where that side ends before it has."""
+        number, answer = next(self._numbers), Future[Any]()
+        with self._lock:
+            self._asked[number] = answer
+        question = pickle.dumps((number, function, arguments))
+        with suppress(OSError), self._sending:  # it may have ended just now, which `_receive` tells
+            self._connection.send_bytes(question)
+        with self._lock:
+            if self._why and self._asked.pop(number, None) is not None:
+                answer.set_exception(WorkerDied(self._why))
+        return answer
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                number, value, error = self._connection.recv()
+                with self._lock:
+                    answer = self._asked.pop(number)
+                if error is None:
+                    answer.set_result(value)
+                else:
+                    answer.set_exception(error)
+        why = self._ended()
+        with self._lock:
+            self._why = why
+            unanswered = list(self._asked.values())
+            self._asked.clear()
+        for answer in unanswered:
+            answer.set_exception(WorkerDied(why))
+
+
+def answer_calls(connection: Connection, threads: Executor) -> None:
+    """Answer what the other end asks, by `threads`, until it is closed or its holder is dead."""
+    lock = threading.Lock()
+
+    def work(number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            answer = pickle.dumps((number, function(*arguments), None))
+        except BaseException as error:
+            answer = pickle.dumps((number, None, _sendable(error)))
+        with suppress(OSError), lock:
+            connection.send_bytes(answer)
+
+    with suppress(EOFError, OSError):
+        while True:
+            threads.submit(work, *connection.recv())
+
+
+def _sendable(error: BaseException) -> Exception:
+    """`error` as it can be pickled, and raised elsewhere without ending a thread or process there."""
+    error.add_note("in the worker process:\n" + traceback.format_exc())
+    try:
+        if isinstance(pickle.loads(pickle.dumps(error)), Exception):
+            return cast(Exception, error)
+    except Exception:  # a class that takes other arguments than it keeps, say
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def shared_file() -> int:
+    """A descriptor of memory that processes which inherit it can map; it is gone with the last of them."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("pathology")  # close-on-exec: only who is handed it has it
+    import tempfile  # Linux has no need of it
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+class SharedMemory:
+    """Blocks of a file that two processes map: one of them takes and gives them back, the other finds them by their place."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self._mapped: dict[int, NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> int:
+        """The place of a block of `count` bytes that nobody else holds."""
+        size = _pages(count)
+        with self._lock:
+            if free := self._free.get(size):
+                return free.pop()
+            place, self._end = self._end, self._end + size
+            os.ftruncate(self._descriptor, self._end)
+        return place
+
+    def give(self, place: int, count: int) -> None:
+        """Let the block be taken again."""
+        with self._lock:
+            self._free.setdefault(_pages(count), []).append(place)
+
+    def array(self, place: int, count: int) -> NDArray[np.uint8]:
+        """(count,) uint8: the block itself."""
+        with self._lock:
+            if place not in self._mapped:
+                mapped = mmap.mmap(self._descriptor, _pages(count), offset=place)
+                self._mapped[place] = np.frombuffer(mapped, np.uint8)
+        return self._mapped[place][:count]
+
+
+def _pages(count: int) -> int:
+    return -(-count // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """The process beside this one.
+
+    calls   by which it can be asked; None where it is the one that asks
+    memory  that both see
+    """
+
+    calls: Calls | None
+    memory: SharedMemory
+
+
+_neighbours: list[Neighbour] = []
+
+
+def set_neighbour(neighbour: Neighbour) -> None:
+    """Make `neighbour` known to all in this process; it has one at most."""
+    _neighbours[:] = [neighbour]
+
+
+def neighbour() -> Neighbour | None:
+    """This process's neighbour, None where it works alone."""
+    return _neighbours[0] if _neighbours else None

@@ -1,0 +1,351 @@
+"""What a worker does with slides, and needs no model for: begin one, read from it, end it.
+
+Promise: every function takes names and numbers only, opens what it needs itself, and can be called again after a crash.
+A process keeps its slides open between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.batches import read_chunk, read_tiles, windows
+from pathology.calls import neighbour
+from pathology.clock import Clock, counting
+from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
+from pathology.events import emit
+from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
+from pathology.grid import TileGrid
+from pathology.job import Job, key_difference, key_of
+from pathology.memory import CACHE_SHARE
+from pathology.model import ModelSpec
+from pathology.models import load_spec
+from pathology.plan import Plan, make_plan
+from pathology.readers import open_slide
+from pathology.slide import Slide
+from pathology.staging import slide_path
+from pathology.threads import measure_reading
+from pathology.thumbnail import LARGEST_PX, picture
+from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
+from pathology.work import Work
+
+KEPT_SLIDES = 4
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is left of a job.
+
+    record   result.json of a job that was finished before, None otherwise
+    todo     regions to infer; none and no record: only the end is missing
+    tiles    forward passes per region of `todo`
+    """
+
+    record: dict[str, Any] | None
+    todo: tuple[int, ...] = ()
+    tiles: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRead:
+    """Tiles that were read: which of them could be, the seconds it took by stage, and whether the storage is slow."""
+
+    readable: tuple[bool, ...]
+    seconds: dict[str, float]
+    slow: bool
+
+
+class _Kept:
+    """The open slides and works of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
+        self.tissue: WeakKeyDictionary[Slide, dict[str, TissueMask]] = WeakKeyDictionary()
+        self.tissue_files: WeakKeyDictionary[Slide, dict[str, tuple[bytes, bytes]]] = WeakKeyDictionary()
+        self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
+        self.grids: OrderedDict[Job, tuple[Slide, ModelSpec, TileGrid]] = OrderedDict()
+
+
+_kept = _Kept()
+
+
+def look(job: Job) -> None:
+    """Open the job's slide, find its tissue and make its picture, so that `prepare` finds them. What fails is left to it."""
+    with suppress(PathologyError):
+        slide = open_slide_of(job)
+        _tissue_files(slide, job.tissue)
+        picture(slide, 1, LARGEST_PX)
+
+
+def prepare(job: Job) -> Prepared:
+    """Open the slide, find tissue, make or find the plan, and say what is left to do.
+
+    Raises SlideError for a slide that cannot be worked on, UsageError for a result or work made otherwise,
+    EnvironmentFault where the place the slides come from is gone.
+    """
+    if job.stage is not None and slide_path(job) == Path(job.slide):
+        emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
+    slide, spec = open_slide_of(job), _spec(job)
+    fields = key_fields(job, slide, spec)
+    work = Work(job.work_folder(spec.name), fields)
+    put_back(job.result_folder(spec.name), work)
+    record = _finished(job, spec, fields)
+    if record is not None:
+        work.clear()
+        return Prepared(record)
+    _, plan = plan_slide(job, slide, spec)
+    _write_tissue(job, _tissue_files(slide, job.tissue))
+    plan = work.begin(plan, job.overwrite)
+    with _kept.lock:
+        _keep(_kept.works, job, (work, plan))
+    todo = work.todo(plan, whole=job.on_bad_tile == "fail")
+    emit(
+        Path(job.out),
+        "slide-begin",
+        {"slide": job.slide_id, "model": spec.name, "regions": len(plan.regions), "todo": len(todo)},
+    )
+    return Prepared(None, tuple(todo), tuple(len(plan.regions[i].tiles) for i in todo))
+
+
+def finish_slide(job: Job) -> dict[str, Any]:
+    """Commit a job whose regions are all done; its record."""
+    slide, spec = open_slide_of(job), _spec(job)
+    work, plan = open_work(job)
+    record = finish(job, work, plan, slide, spec)
+    with _kept.lock:
+        _kept.works.pop(job, None)
+    emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})
+    return record
+
+
+def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
+    """Tissue and plan of a job, as any run of it would make them."""
+    tissue = _tissue(slide, job.tissue)
+    grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
+
+
+def seconds_to_read(jobs: tuple[Job, ...]) -> float:
+    """Seconds to read a tile from the middle of the first slide that opens; 0 where none does."""
+    for job in jobs:
+        try:
+            slide, spec, grid = _grid(job)
+            middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
+            tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
+            return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
+        except SlideError:
+            continue  # it is named when its turn comes
+    return 0.0
+
+
+def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
+    """Open the job's slide for reading rows of tiles (row, col) like `row`; whether it lies on slow storage."""
+    slide, spec, grid = _grid(job, again=True)
+    slide.reserve(windows(slide, spec, grid, row))
+    return slide.slow
+
+
+def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
+    """Read tiles (row, col) side by side into the block at `place` of the memory that the neighbour sees."""
+    slide, spec, grid = _grid(job)
+    beside = neighbour()
+    assert beside is not None
+    shape = (len(tiles), spec.input_px, spec.input_px, 3)
+    block = beside.memory.array(place, math.prod(shape)).reshape(shape)
+    clock, readable = Clock(), []
+    with _turn(job.readers), counting(clock):
+        for slot, tile in zip(block, read_chunk(slide, spec, grid, tiles), strict=True):
+            readable.append(tile is not None)
+            if tile is not None:
+                slot[...] = tile
+    return ChunkRead(tuple(readable), clock.seconds(), slide.slow)
+
+
+def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
+    """Fetch the bytes under tiles (row, col), for reads that follow; the seconds it took, by stage."""
+    slide, spec, grid = _grid(job)
+    clock = Clock()
+    with counting(clock):
+        slide.prefetch(windows(slide, spec, grid, tiles))
+    return clock.seconds()
+
+
+@functools.cache
+def _turn(readers: int) -> threading.Semaphore:
+    """Lets so many threads read at once."""
+    return threading.BoundedSemaphore(readers)
+
+
+def _grid(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
+    """The job's slide, card and grid. `again`: after a look whether the file is still the same."""
+    with _kept.lock:
+        if not again and job in _kept.grids:
+            return _kept.grids[job]
+    slide, spec = open_slide_of(job), _spec(job)
+    grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+    with _kept.lock:
+        _keep(_kept.grids, job, (slide, spec, grid))
+    return slide, spec, grid
+
+
+def _tissue(slide: Slide, method: Literal["otsu", "none"]) -> TissueMask:
+    """The slide's tissue, found once as long as it is open."""
+    found = _kept.tissue.setdefault(slide, {})
+    if method not in found:
+        found[method] = find_tissue(slide, method)
+    return found[method]
+
+
+def _tissue_files(slide: Slide, method: Literal["otsu", "none"]) -> tuple[bytes, bytes]:
+    """What TISSUE_FILES hold, made once as long as the slide is open."""
+    made = _kept.tissue_files.setdefault(slide, {})
+    if method not in made:
+        tissue = _tissue(slide, method)
+        made[method] = tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue)
+    return made[method]
+
+
+def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
+    """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
+    return {
+        "schema": 1,
+        "slide": slide.info.fingerprint,
+        "slide_mpp": slide.info.mpp,
+        "fast_decode": job.fast_decode,
+        "reader": slide.info.reader.split()[0],
+        "model": spec.sha256,
+        "card": key_of(asdict(spec)),
+        "tile_px": spec.tile_px,
+        "stride_px": job.stride_px(spec.tile_px),
+        "tissue": job.tissue,
+        "min_tissue": job.min_tissue,
+        "blend": job.blend if spec.output_px > 1 else "none",
+        "precision": job.precision,
+        "compile": job.compile,
+    }
+
+
+def key_fields_of(job: Job) -> dict[str, Any]:
+    """`key_fields` of a job's slide and model."""
+    return key_fields(job, open_slide_of(job), _spec(job))
+
+
+def open_work(job: Job, fields: Callable[[Job], dict[str, Any]] = key_fields_of) -> tuple[Work, Plan]:
+    """The job's work folder and plan, as `prepare` left them, maybe in another process. `fields` gives what it is keyed by."""
+    with _kept.lock:
+        if job in _kept.works:
+            return _kept.works[job]
+    work = Work(job.work_folder(_spec(job).name), fields(job))
+    plan = work.resume()
+    with _kept.lock:
+        _keep(_kept.works, job, (work, plan))
+    return work, plan
+
+
+def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a finished result of this very key whose files are all there; None where there is none to keep."""
+    folder = job.result_folder(spec.name)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    if manifest["key"] != key_of(fields):
+        if job.overwrite:
+            return None
+        difference = key_difference(manifest["fields"], fields)
+        message = (
+            f"result {job.slide_id}/{spec.name} was made otherwise ({difference}); choose another --out or pass --overwrite"
+        )
+        only_slide = {name for name in fields if manifest["fields"].get(name) != fields[name]} == {"slide"}
+        raise SlideError(Reason.CHANGED, message) if only_slide else UsageError(message)
+    sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    sizes |= {job.slide_folder / name: entry["bytes"] for name, entry in manifest["slide_files"].items()}
+    broken = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
+    record = read_record(folder)
+    if not broken and record is not None and not (record["status"] == "partial" and job.overwrite):
+        return record
+    if job.overwrite:
+        return None
+    name = broken[0] if broken else "result.json"
+    raise SlideError(
+        Reason.CHANGED, f"result {job.slide_id}/{spec.name} is damaged: {name} is gone or has another size; pass --overwrite"
+    )
+
+
+def _write_tissue(job: Job, contents: tuple[bytes, bytes]) -> None:
+    for name, data in zip(TISSUE_FILES, contents, strict=True):
+        path = job.slide_folder / name
+        others = list(job.slide_folder.glob("*/manifest.json")) if path.exists() else []
+        if others and not job.overwrite and path.read_bytes() != data:
+            raise UsageError(
+                f"slide {job.slide_id} has results for tissue found otherwise; choose another --out, or pass --overwrite"
+            )
+        write_if_changed(path, data)
+
+
+def open_slide_of(job: Job) -> Slide:
+    """The job's slide, opened once per process as long as the file stays the same."""
+    path = slide_path(job)
+    try:
+        state = path.stat()
+    except OSError:
+        stamp: tuple[int, ...] = ()
+    else:
+        stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
+    name = (path, job.slide_mpp, job.force, job.reader, job.fast_decode, *stamp)
+    with _kept.lock:
+        if name in _kept.slides:
+            _kept.slides.move_to_end(name)
+            return _kept.slides[name]
+    try:
+        slide = open_slide(
+            path,
+            job.slide_mpp,
+            force=job.force,
+            reader=job.reader,
+            fast_decode=job.fast_decode,
+            cache_bytes=job.memory // CACHE_SHARE,
+        )
+    except SlideError as error:
+        root = Path(job.root)
+        if error.reason is Reason.MISSING and job.root != job.slide and not (root.exists() and any(root.iterdir())):
+            raise EnvironmentFault(
+                f"folder {root} of the slides is gone or empty; mount it, then run the same again"
+            ) from error
+        raise
+    with _kept.lock:
+        # Closed when the last region that uses it lets go, not here.
+        _keep(_kept.slides, name, slide)
+    return slide
+
+
+def _keep(kept: OrderedDict[K, V], name: K, value: V) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    while len(kept) > KEPT_SLIDES:
+        kept.popitem(last=False)
+
+
+def _spec(job: Job) -> ModelSpec:
+    """The card of the job's model, which is loaded for it only where there is no other way."""
+    if job.model not in cards:
+        cards[job.model] = load_spec(job.model)
+    return cards[job.model]
+
+
+# Of models whose card was read, or that were loaded in this process.
+cards: dict[str, ModelSpec] = {}
