@@ -16,12 +16,14 @@ from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathology.errors import PathologyError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class WorkerDied(PathologyError):
@@ -82,7 +84,7 @@ class Calls:
 
 
 def answer_calls(connection: Connection, threads: Executor) -> None:
-    """Answer what the other end asks, by `threads`, until it is closed or its holder is dead."""
+    """Answer what the other end asks until it is closed, by `threads`, or by those that belong to the function (`run_by`)."""
     lock = threading.Lock()
 
     def work(number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -95,7 +97,19 @@ def answer_calls(connection: Connection, threads: Executor) -> None:
 
     with suppress(EOFError, OSError):
         while True:
-            threads.submit(work, *connection.recv())
+            number, function, arguments = connection.recv()
+            chosen = getattr(function, "threads", None)
+            (chosen(*arguments) if chosen else threads).submit(work, number, function, arguments)
+
+
+def run_by(threads: Callable[..., Executor]) -> Callable[[F], F]:
+    """Let calls of a function be answered by threads of its own: those that `threads` gives for its arguments."""
+
+    def mark(function: F) -> F:
+        function.threads = threads  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def _sendable(error: BaseException) -> Exception:

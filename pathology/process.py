@@ -22,12 +22,14 @@ from typing import Any, Literal
 from pathology.calls import Calls, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
 
 # What a worker begins with. Torch alone has threads of its own, by `set_threads`. Freed memory is kept: given back to the
-# kernel at every tile, as glibc would have it, it comes back as pages to be cleared again.
+# kernel at every tile, as glibc would have it, it comes back as pages to be cleared again. That takes both numbers, since
+# naming one stops glibc from raising the other by itself (malloc's manual, "Tunable Parameters"); 32 MiB is its limit.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
 }
 # What a worker loads before it is asked, the first in a thread beside the others. For a device: torch, which takes longest. For
 # slides: what opens and reads one, and writes results.
@@ -44,9 +46,6 @@ MODULES: dict[Kind, tuple[str, ...]] = {
         "numpy.ma",
     ),
 }
-# Most threads in which a process for slides reads for its neighbour, those that wait for their turn included.
-READING_THREADS = 64
-
 _START = "import sys; sys.path[:] = sys.argv[5:]; from pathology.process import serve; serve(*sys.argv[1:5])"
 
 
@@ -157,12 +156,12 @@ def serve(kind: Kind, socket: str, link: str, memory: str) -> None:
     threading.Thread(target=importlib.import_module, args=(first,), daemon=True).start()
     for module in others:
         importlib.import_module(module)
+    threads = ThreadPoolExecutor()
     beside, shared = Connection(int(link)), SharedMemory(int(memory))
     if kind == "device":
         set_neighbour(Neighbour(Calls(beside), shared))
     else:
         set_neighbour(Neighbour(None, shared))
-        readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read")
-        threading.Thread(target=answer_calls, args=(beside, readers), daemon=True).start()
-    answer_calls(Connection(int(socket)), ThreadPoolExecutor())
+        threading.Thread(target=answer_calls, args=(beside, threads), daemon=True).start()
+    answer_calls(Connection(int(socket)), threads)
     os._exit(0)  # nobody waits for what still runs

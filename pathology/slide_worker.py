@@ -6,7 +6,6 @@ A process keeps its slides open between calls.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections import OrderedDict
@@ -20,8 +19,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.batches import read_chunk, read_tiles, windows
-from pathology.calls import neighbour
+from pathology.batches import ReadPool, read_chunk, read_tiles, windows
+from pathology.calls import neighbour, run_by
 from pathology.clock import Clock, counting
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
@@ -78,10 +77,19 @@ class _Kept:
         self.tissue: WeakKeyDictionary[Slide, dict[str, TissueMask]] = WeakKeyDictionary()
         self.tissue_files: WeakKeyDictionary[Slide, dict[str, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
+        self.pools: dict[int, ReadPool] = {}
         self.grids: OrderedDict[Job, tuple[Slide, ModelSpec, TileGrid]] = OrderedDict()
 
 
 _kept = _Kept()
+
+
+def pool(readers: int) -> ReadPool:
+    """The threads that read in this process; one pool for each number of them."""
+    with _kept.lock:
+        if readers not in _kept.pools:
+            _kept.pools[readers] = ReadPool(readers)
+        return _kept.pools[readers]
 
 
 def look(job: Job) -> None:
@@ -160,6 +168,7 @@ def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
     return slide.slow
 
 
+@run_by(lambda job, *_: pool(job.readers).decode)
 def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     """Read tiles (row, col) side by side into the block at `place` of the memory that the neighbour sees."""
     slide, spec, grid = _grid(job)
@@ -168,7 +177,7 @@ def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     shape = (len(tiles), spec.input_px, spec.input_px, 3)
     block = beside.memory.array(place, math.prod(shape)).reshape(shape)
     clock, readable = Clock(), []
-    with _turn(job.readers), counting(clock):
+    with counting(clock):
         for slot, tile in zip(block, read_chunk(slide, spec, grid, tiles), strict=True):
             readable.append(tile is not None)
             if tile is not None:
@@ -176,6 +185,7 @@ def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     return ChunkRead(tuple(readable), clock.seconds(), slide.slow)
 
 
+@run_by(lambda job, *_: pool(job.readers).fetch)
 def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
     """Fetch the bytes under tiles (row, col), for reads that follow; the seconds it took, by stage."""
     slide, spec, grid = _grid(job)
@@ -183,12 +193,6 @@ def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
     with counting(clock):
         slide.prefetch(windows(slide, spec, grid, tiles))
     return clock.seconds()
-
-
-@functools.cache
-def _turn(readers: int) -> threading.Semaphore:
-    """Lets so many threads read at once."""
-    return threading.BoundedSemaphore(readers)
 
 
 def _grid(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:

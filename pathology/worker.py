@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology import slide_worker
-from pathology.batches import Pixels, ReadPool, read_tiles
+from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
@@ -37,14 +37,13 @@ from pathology.threads import Split, measure_model, split_threads
 
 
 class _Kept:
-    """The models, predictors and reading threads of this process."""
+    """The models and predictors of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.device_lock = threading.Lock()
         self.models: dict[tuple[object, ...], Model] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
-        self.pools: dict[int, ReadPool] = {}
         self.threads = 0
 
 
@@ -132,7 +131,7 @@ def _reading(
     if asker() is not None:
         return functools.partial(read_beside, job, spec, clock)
     slide = slide_worker.open_slide_of(job)
-    pool = None if in_order else _pool(job.readers)
+    pool = None if in_order else slide_worker.pool(job.readers)
     return lambda tiles: read_tiles(slide, spec, plan.grid, tiles, pool, clock)
 
 
@@ -163,10 +162,3 @@ def _predict(job: Job, in_order: bool) -> Predict:
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
         return _kept.predictors[name].predict
-
-
-def _pool(threads: int) -> ReadPool:
-    with _kept.lock:
-        if threads not in _kept.pools:
-            _kept.pools[threads] = ReadPool(threads)
-        return _kept.pools[threads]
