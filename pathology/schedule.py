@@ -183,6 +183,10 @@ def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
     So a death is known at once and concerns that worker alone, and the processes need nothing of Dask. Listens on loopback
     at most.
     """
+    import dask
+
+    # Its workers' threads only wait: a look at their stacks a hundred times a second, and a tick fifty times, are for nothing.
+    dask.config.set({"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"})
     from distributed import Client, Scheduler, SpecCluster, Worker
 
     # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that

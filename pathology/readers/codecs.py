@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import imagecodecs
 import numpy as np
@@ -32,6 +32,7 @@ APERIO_YCBCR, APERIO_RGB, JPEG2000, WEBP, OLD_WEBP = 33003, 33005, 34712, 50001,
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # TIFF's PhotometricInterpretation
 DIFFERENCES = 2  # TIFF's Predictor: each sample is stored as the difference to its left neighbour
 
+FRAME_BYTES = 10  # of a JPEG's frame header, up to the number of components
 END_OF_IMAGE = b"\xff\xd9"
 SCALED = (2, 4, 8)  # factors at which libjpeg's inverse DCT can give a smaller picture
 
@@ -66,6 +67,8 @@ class TileCodec:
     predictor: int = 1
     tables: bytes = b""
     header: bytes = b""
+    # What a tile that was found good begins with, up to the end of the size it claims: another that begins so claims the same.
+    _seen: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
     def decode(self, data: bytes, out: Pixels | None = None) -> Pixels:
         """(height, width, 3) uint8 RGB of a tile, in `out` where there is one and the codec can. Raises Corrupt."""
@@ -121,7 +124,7 @@ class TileCodec:
 
     def _check(self, data: bytes) -> None:
         """Refuse a tile whose own header claims another size: a decoder would believe it and ask for the memory."""
-        if self.compression not in SIZES:
+        if self.compression not in SIZES or (self._seen and data.startswith(self._seen[0])):
             return
         try:
             claimed = SIZES[self.compression](self.header or data)
@@ -129,6 +132,8 @@ class TileCodec:
             raise Corrupt("its header ends early") from error
         if claimed[:2] != self.shape or (len(claimed) > 2 and claimed[2] != self.samples):
             raise Corrupt(f"its header claims {claimed}, the slide's tiles are {(*self.shape, self.samples)}")
+        if self.compression == JPEG and not self.header:
+            self._seen[:] = [data[: _jpeg_frame(data) + FRAME_BYTES]]
 
     def _jpeg(self, data: bytes, space: int, out: Pixels) -> Pixels:
         try:
@@ -162,6 +167,12 @@ def _four_bytes(shape: tuple[int, int]) -> Pixels:
 
 def _jpeg_size(data: bytes) -> tuple[int, ...]:
     """(height, width, components) of a JPEG's frame header (ITU-T T.81, B.2.2)."""
+    height, width, components = struct.unpack_from(">HHB", data, _jpeg_frame(data) + 5)
+    return height, width, components
+
+
+def _jpeg_frame(data: bytes) -> int:
+    """Where a JPEG's frame header begins."""
     if data[:2] != b"\xff\xd8":
         raise Corrupt("it is no JPEG")
     at = 2
@@ -172,8 +183,7 @@ def _jpeg_size(data: bytes) -> tuple[int, ...]:
             raise Corrupt("its JPEG header is damaged")
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return height, width, components
+            return at
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 

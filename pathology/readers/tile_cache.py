@@ -29,8 +29,10 @@ class TileCache:
         self.limit_bytes = limit_bytes
         self._bytes = 0
         self._lock = threading.Lock()
+        self._made = threading.Condition(self._lock)
+        self._waiting = 0  # threads that wait for a tile which another makes
         self._kept: OrderedDict[Hashable, Pixels | Corrupt] = OrderedDict()
-        self._making: dict[Hashable, threading.Event] = {}
+        self._making: set[Hashable] = set()
         self._spare: list[Pixels] = []
 
     def __contains__(self, name: Hashable) -> bool:
@@ -40,19 +42,17 @@ class TileCache:
 
     def get(self, name: Hashable, make: Callable[[], Pixels]) -> Pixels:
         """The tile called `name`, by `make` if it is not kept. Raises what `make` raises; Corrupt again and again."""
-        while True:
-            with self._lock:
-                kept = self._kept.get(name)
-                if kept is not None:
-                    self._kept.move_to_end(name)
-                    break
-                others = self._making.get(name)
-                if others is None:
-                    mine = self._making[name] = threading.Event()
-            if others is None:
-                kept = self._make(name, make, mine)
-                break
-            others.wait()  # then look again: it may be forgotten already
+        with self._lock:
+            while (kept := self._kept.get(name)) is None and name in self._making:
+                self._waiting += 1
+                self._made.wait()  # then look again: it may be forgotten already
+                self._waiting -= 1
+            if kept is None:
+                self._making.add(name)
+            else:
+                self._kept.move_to_end(name)
+        if kept is None:
+            kept = self._make(name, make)
         if isinstance(kept, Corrupt):
             raise Corrupt(str(kept))
         return kept
@@ -69,7 +69,7 @@ class TileCache:
                     return self._spare.pop(place)
         return None
 
-    def _make(self, name: Hashable, make: Callable[[], Pixels], made: threading.Event) -> Pixels | Corrupt:
+    def _make(self, name: Hashable, make: Callable[[], Pixels]) -> Pixels | Corrupt:
         kept: Pixels | Corrupt | None = None
         try:
             kept = make()
@@ -77,7 +77,7 @@ class TileCache:
             kept = error
         finally:
             with self._lock:
-                del self._making[name]
+                self._making.remove(name)
                 if kept is not None:
                     self._kept[name] = kept
                     self._bytes += _size(kept)
@@ -86,7 +86,8 @@ class TileCache:
                     self._bytes -= _size(dropped)
                     if isinstance(dropped, np.ndarray) and dropped.flags.writeable:
                         self._spare = [*self._spare[-SPARES + 1 :], dropped]
-            made.set()
+                if self._waiting:
+                    self._made.notify_all()
         return kept
 
 
