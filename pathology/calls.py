@@ -54,9 +54,10 @@ class Calls:
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """What `function(*arguments)` returns or raises there, some time; WorkerDied where that side ends before it has."""
         number, answer = next(self._numbers), Future[Any]()
+        answer.set_running_or_notify_cancel()  # nobody can take it back: it will be answered, and that must find it open
+        question = pickle.dumps((number, function, arguments))
         with self._lock:
             self._asked[number] = answer
-        question = pickle.dumps((number, function, arguments))
         with suppress(OSError), self._sending:  # it may have ended just now, which `_receive` tells
             self._connection.send_bytes(question)
         with self._lock:

@@ -144,7 +144,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
 def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
     """Tissue and plan of a job, as any run of it would make them."""
     tissue = _tissue(slide, job.tissue)
-    grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+    grid = _grid(job, slide, spec)
     return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
 
 
@@ -152,7 +152,7 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
     """Seconds to read a tile from the middle of the first slide that opens; 0 where none does."""
     for job in jobs:
         try:
-            slide, spec, grid = _grid(job)
+            slide, spec, grid = _tiled(job)
             middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
             tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
             return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
@@ -163,7 +163,7 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
 
 def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
     """Open the job's slide for reading rows of tiles (row, col) like `row`; whether it lies on slow storage."""
-    slide, spec, grid = _grid(job, again=True)
+    slide, spec, grid = _tiled(job, again=True)
     slide.reserve(windows(slide, spec, grid, row))
     return slide.slow
 
@@ -171,7 +171,7 @@ def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
 @run_by(lambda job, *_: pool(job.readers).decode)
 def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     """Read tiles (row, col) side by side into the block at `place` of the memory that the neighbour sees."""
-    slide, spec, grid = _grid(job)
+    slide, spec, grid = _tiled(job)
     beside = neighbour()
     assert beside is not None
     shape = (len(tiles), spec.input_px, spec.input_px, 3)
@@ -188,20 +188,24 @@ def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
 @run_by(lambda job, *_: pool(job.readers).fetch)
 def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
     """Fetch the bytes under tiles (row, col), for reads that follow; the seconds it took, by stage."""
-    slide, spec, grid = _grid(job)
+    slide, spec, grid = _tiled(job)
     clock = Clock()
     with counting(clock):
         slide.prefetch(windows(slide, spec, grid, tiles))
     return clock.seconds()
 
 
-def _grid(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
+def _grid(job: Job, slide: Slide, spec: ModelSpec) -> TileGrid:
+    return TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+
+
+def _tiled(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
     """The job's slide, card and grid. `again`: after a look whether the file is still the same."""
     with _kept.lock:
         if not again and job in _kept.grids:
             return _kept.grids[job]
     slide, spec = open_slide_of(job), _spec(job)
-    grid = TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+    grid = _grid(job, slide, spec)
     with _kept.lock:
         _keep(_kept.grids, job, (slide, spec, grid))
     return slide, spec, grid

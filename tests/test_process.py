@@ -218,3 +218,18 @@ def test_shared_blocks_are_taken_again_only_when_they_were_given_back() -> None:
         assert (memory.array(second, 100) == 3).all()
     finally:
         os.close(descriptor)
+
+
+def cancelled_and_asked_again() -> int:
+    """In the process for a device: give up a call before it is answered, as a region that fails does, then make another."""
+    beside = neighbour()
+    assert beside is not None
+    assert beside.calls is not None
+    beside.calls.ask(time.sleep, 0.3).cancel()
+    time.sleep(0.6)
+    number: int = beside.calls.ask(int, "7").result(timeout=10)
+    return number
+
+
+def test_a_call_that_was_given_up_keeps_no_other_waiting(pair: WorkerPair) -> None:
+    assert pair.call("device", cancelled_and_asked_again) == 7
