@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Besides torch and what it computes with, these decode and resize pixels: another version may give other bits.
 LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin")
 
+_threads = 0  # of torch; 0: nobody has said
+
 
 @dataclass(frozen=True, slots=True)
 class TorchFacts:
@@ -151,11 +153,20 @@ def device_count(kind: str, facts: TorchFacts | None = None) -> int:
 
 def set_threads(count: int) -> None:
     """Let torch use `count` CPU threads in this process. Fixed before the first region: another count may give other bits."""
+    global _threads
     import torch
 
     if count < 1:
         raise UsageError(f"{count} torch threads; use 1 or more")
+    _threads = count
     torch.set_num_threads(count)
+
+
+def thread_count() -> int:
+    """How many CPU threads torch was last allowed here; as many as it takes by itself where nobody has said."""
+    import torch
+
+    return _threads or torch.get_num_threads()
 
 
 def set_exact() -> None:
@@ -179,7 +190,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
     facts: dict[str, str | int] = {
         "device": torch.cuda.get_device_name(device) if cuda else device,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": thread_count(),
     }
     if cuda:
         facts["cuda"] = str(torch.version.cuda or torch.version.hip)

@@ -20,6 +20,7 @@ from pathology.model import ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
 from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
+from pathology.predictor import IN_FLIGHT
 from pathology.readers.opened import CACHE_BYTES
 
 # Of a job's memory, for decoded tiles of the slides that are open: 1 / CACHE_SHARE.
@@ -53,24 +54,31 @@ def _own_peak(job: Job, modules: Sequence[str]) -> int:
 
 
 def run_bound(plan: Plan, spec: ModelSpec, job: Job, model_peak: int, readers: int) -> int:
-    """Memory of the whole command for this plan on one device: all its processes, shared pages counted once."""
-    buffers = memory_bound(plan, spec, batch_size=job.batch_size, readers=readers)
+    """Memory of the whole command for this plan alone on one device: all its processes, shared pages counted once."""
+    regions = min(REGIONS_AT_ONCE, len(plan.regions))
+    buffers = memory_bound(plan, spec, batch_size=job.batch_size, readers=readers, regions=regions)
+    tried = job.batch_size * (_tile_bytes(spec) + _answer_bytes(spec))  # the batch of `model_peak`, one of those in `buffers`
     cache = min(CACHE_BYTES, job.memory // CACHE_SHARE)
-    return OTHER_PROCESSES_BYTES + SLIDE_BYTES + model_peak + cache + buffers
+    return OTHER_PROCESSES_BYTES + SLIDE_BYTES + max(0, model_peak - tried) + cache + buffers
 
 
 def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, regions: int = REGIONS_AT_ONCE) -> int:
     """Most bytes that one worker holds for `regions` regions at once, beyond libraries, the model and decoded tiles.
 
-    Canvases, each with the bands on their way to disk; tiles handed in and not yet answered (two batches a region), read
-    ahead, and the batch; as many answers as tiles handed in; and a source window for each reader, as RGB with mask, and as
-    Pillow's four bytes a pixel.
+    Canvases, each with the bands on their way to disk; the batches being filled and computed; answers to as many tiles as a
+    region hands in before it takes them (two batches); tiles read ahead; and a source window for each reader, as RGB with mask,
+    and as Pillow's four bytes a pixel.
     """
-    tile = spec.input_px**2 * 3
-    answer = len(spec.classes) * spec.output_px**2 * 4
     window = (plan.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
-    batches = (2 * regions + 1) * batch_size
+    batches = (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
     read_ahead = regions * tiles_ahead(spec.input_px, readers)
-    return int(
-        regions * region_bytes(plan, len(spec.classes)) + batches * (tile + answer) + read_ahead * tile + readers * window
-    )
+    canvases = regions * region_bytes(plan, len(spec.classes))
+    return int(canvases + batch_size * batches + read_ahead * _tile_bytes(spec) + readers * window)
+
+
+def _tile_bytes(spec: ModelSpec) -> int:
+    return spec.input_px**2 * 3
+
+
+def _answer_bytes(spec: ModelSpec) -> int:
+    return len(spec.classes) * spec.output_px**2 * 4

@@ -21,15 +21,15 @@ from typing import Any, Literal
 
 from pathology.calls import Calls, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
 
-# What a worker begins with. Torch alone has threads of its own, by `set_threads`. Freed memory of tiles is kept: given back to
-# the kernel at every tile, as glibc would have it, it comes back as pages to be cleared again. That of larger arrays is not: in
-# pieces, between others that live on, it would stay with the process for ever (ResNet-50 took 1.8 GB that way instead of 1.0).
+# What a worker begins with. Torch alone has threads of its own, by `set_threads`. Freed memory of tiles, and of what networks
+# answer layer by layer, is kept: given back to the kernel each time, as glibc would have it, it comes back as pages to be
+# cleared again. What is larger than 32 MiB, the most that glibc keeps, is given back.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
 }
 # What a worker loads before it is asked, the first in a thread beside the others. For a device: torch, which takes longest. For
 # slides: what opens and reads one, and writes results.

@@ -31,6 +31,7 @@ from pathology.job import Job, key_of
 from pathology.model import Model, ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
+from pathology.models.pieces import piece_tiles
 from pathology.plan import Plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.threads import Split, measure_model, split_threads
@@ -58,7 +59,7 @@ def model_of(job: Job) -> tuple[object, ...]:
 def check_model(job: Job) -> ModelSpec:
     """Load the job's model, run it once, and return its card. Raises ModelError."""
     model = _model(job)
-    warm_up(model, job.batch_size)
+    warm_up(model, _at_once(job, model.spec))
     return model.spec
 
 
@@ -74,7 +75,7 @@ def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -
         return Split(job.readers or cores, job.threads or 1)
     model = _model(job)
     read_s = asked(slide_worker.seconds_to_read)(jobs) if read else 0.0
-    split = split_threads(cores, read_s, measure_model(model, job.batch_size), job.threads)
+    split = split_threads(cores, read_s, measure_model(model, _at_once(job, model.spec)), job.threads)
     if not job.threads:
         kept = Path(job.out) / ".work" / f"threads-{key_of({'model': model.spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
         if kept.exists():
@@ -83,6 +84,11 @@ def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -
             make_folders(kept.parent)
             write_file(kept, str(split.threads).encode())
     return Split(job.readers or split.readers, split.threads)
+
+
+def _at_once(job: Job, spec: ModelSpec) -> int:
+    """Tiles that the model computes at once: the whole batch on a device, a piece of it on the CPU."""
+    return piece_tiles(job.batch_size, spec.input_px) if job.device == "cpu" else job.batch_size
 
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:

@@ -49,6 +49,8 @@ ORDER = [
     "pathology.models.refs",
     "pathology.models.checks",
     "pathology.models.trust",
+    "pathology.models.pieces",
+    "pathology.models.fold",
     "pathology.models.network",
     "pathology.models.nuclei",
     "pathology.models.python",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pathology import device
 from pathology.errors import EnvironmentFault, ModelError, UsageError
 from pathology.model import Model, ModelSpec, QueuedModel
-from pathology.models import network as network_module
+from pathology.models import pieces
+from pathology.models.fold import fold_norms
 from pathology.models.network import QueuedNetwork, TorchNetwork, halve
 
 SIDE, CLASSES = 24, 3
@@ -28,9 +31,9 @@ Tiles = NDArray[np.uint8]
 class Net(nn.Module):
     """Convolution, norm, linear head."""
 
-    def __init__(self, dense: bool = False) -> None:
+    def __init__(self, dense: bool = False, norm: bool = True) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity()
         self.second = nn.Conv2d(8, CLASSES if dense else 16, 3, padding=1)
         self.head = nn.Identity() if dense else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
 
@@ -74,18 +77,126 @@ def scripted(network: nn.Module) -> torch.jit.ScriptModule:
         return made
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("piece", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["module", "script"])
-def test_scores_are_those_by_hand_bit_for_bit(net: Net, kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_module, "NORMALISED_PX", at_once * SIDE**2)
+def test_scores_are_those_by_hand_piece_by_piece(kind: str, piece: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = Net(norm=False).eval()
+    monkeypatch.setattr(pieces, "PIECE_PX", piece * SIDE**2)
+    monkeypatch.setattr(device, "_threads", threads)
     network = scripted(net) if kind == "script" else copy.deepcopy(net)
     model = TorchNetwork(spec(), network, mean=MEAN, std=STD, activation="softmax")
     assert isinstance(model, Model)
     assert not isinstance(model, QueuedModel)
     for seed in (1, 2, 1):
-        expected = by_hand(net, noise(4, seed)).softmax(1).numpy()[:, :, None, None]
+        parts = [by_hand(net, noise(4, seed)[first : first + piece]) for first in range(0, 4, piece)]
+        expected = torch.cat(parts).softmax(1).numpy()[:, :, None, None]
         np.testing.assert_array_equal(model(noise(4, seed)), expected)
     assert model(noise(2)).shape == (2, CLASSES, 1, 1)  # another batch size
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "tile_px", "tiles"), [(32, 224, 8), (30, 224, 6), (31, 224, 1), (4, 224, 4), (8, 999, 1)]
+)
+def test_pieces_are_alike_and_no_larger_than_stated(batch_size: int, tile_px: int, tiles: int) -> None:
+    assert pieces.piece_tiles(batch_size, tile_px) == tiles
+
+
+def test_threads_that_no_piece_needs_are_shared_among_the_pieces(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+    net.register_forward_pre_hook(lambda *_: seen.update({threading.current_thread().name: torch.get_num_threads()}))
+    monkeypatch.setattr(pieces, "PIECE_PX", 2 * SIDE**2)
+    model, before = TorchNetwork(spec(), net), torch.get_num_threads()
+    try:
+        for threads, expected in ((1, [1]), (2, [1, 1]), (5, [2, 2])):
+            monkeypatch.setattr(device, "_threads", threads)
+            seen.clear()
+            for _ in range(20):  # so that no thread is left without a piece by chance
+                model(noise(4))
+            assert list(seen.values()) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+# Norms folded into convolutions
+
+
+def test_norms_are_folded_and_scores_stay(net: Net) -> None:
+    given(net.norm)
+    model = TorchNetwork(spec(), folded := copy.deepcopy(net), mean=MEAN, std=STD)
+    assert isinstance(folded.norm, nn.Identity)
+    expected = by_hand(net, noise(4)).numpy()[:, :, None, None]
+    np.testing.assert_allclose(model(noise(4)), expected, atol=1e-5)
+    assert isinstance(net.norm, nn.BatchNorm2d)
+
+
+class Twice(nn.Module):
+    """Its convolution serves two answers, of which one is normed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, CLASSES, 3, padding=1), nn.BatchNorm2d(CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y  # type: ignore[no-any-return]
+
+
+class Again(Twice):
+    """It calls its convolution once with the norm and once without."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) + self.conv(x.flip(-1))  # type: ignore[no-any-return]
+
+
+class Weighs(Twice):
+    """It looks at the convolution's weights by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) * self.conv.weight.sum()  # type: ignore[no-any-return]
+
+
+class Decides(Twice):
+    """What it computes depends on values, so it cannot be traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) if x.mean() > 0 else x  # type: ignore[no-any-return]
+
+
+class Listened(Twice):
+    """Somebody looks at what its convolution answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Twice, Again, Weighs, Decides, Listened])
+def test_a_norm_is_left_where_folding_would_change_more_than_last_bits(kind: type[Twice]) -> None:
+    torch.manual_seed(2)
+    network = kind().eval()
+    given(network.norm)
+    tiles = torch.rand(2, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        expected = network(tiles)
+    assert fold_norms(network) == 0
+    with torch.inference_mode():
+        assert torch.equal(network(tiles), expected)
+
+
+def given(norm: nn.Module) -> None:
+    """Statistics and weights as training leaves them."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.normal_(norm.bias)
 
 
 def test_every_grey_level_of_every_channel_is_normalised_as_stated() -> None:
@@ -119,7 +230,7 @@ def test_the_network_is_given_channels_last_without_a_copy_each_time(net: Net) -
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 def test_a_dense_network_answers_maps(activation: Literal["softmax", "sigmoid", "none"]) -> None:
     torch.manual_seed(1)
-    network = Net(dense=True).eval()
+    network = Net(dense=True, norm=False).eval()
     model = TorchNetwork(spec(SIDE), copy.deepcopy(network), mean=MEAN, std=STD, activation=activation)
     logits = by_hand(network, noise(2))
     expected = {"softmax": logits.softmax(1), "sigmoid": logits.sigmoid(), "none": logits}[activation]
