@@ -66,8 +66,11 @@ def reduced_blocks(
             if factor == 1:
                 yield small, rgb, valid
                 continue
-            share = Image.fromarray(valid.astype(np.uint8) * 255).reduce(factor)
-            yield small, np.asarray(Image.fromarray(rgb).reduce(factor)), np.asarray(share) >= 128
+            if valid.all():
+                has_data = np.ones(small.shape, bool)
+            else:
+                has_data = np.asarray(Image.fromarray(valid.astype(np.uint8) * 255).reduce(factor)) >= 128
+            yield small, np.asarray(Image.fromarray(rgb).reduce(factor)), has_data
 
 
 def _readable(slide: Slide, level: int, box: Box, corrupt: list[Box]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

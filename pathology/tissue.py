@@ -212,8 +212,9 @@ def _working_level(info: SlideInfo) -> tuple[int, int]:
 
 def _saturation(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W) uint8, 255 for pure colours."""
-    brightest = rgb.max(axis=-1)
-    spread = (brightest - rgb.min(axis=-1)).astype(np.uint16) * 255
+    red, green, blue = (rgb[..., channel] for channel in range(3))  # by channel: numpy is ten times slower along an axis of three
+    brightest = np.maximum(np.maximum(red, green), blue)
+    spread = (brightest - np.minimum(np.minimum(red, green), blue)).astype(np.uint16) * 255
     return np.asarray(spread // np.maximum(brightest, DARK), np.uint8)
 
 
