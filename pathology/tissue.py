@@ -211,8 +211,8 @@ def _working_level(info: SlideInfo) -> tuple[int, int]:
 
 
 def _saturation(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W) uint8, 255 for pure colours."""
-    red, green, blue = (rgb[..., channel] for channel in range(3))  # by channel: numpy is ten times slower along an axis of three
+    """(H, W) uint8, 255 for pure colours. Channel by channel: along an axis of three numpy is ten times slower."""
+    red, green, blue = (rgb[..., channel] for channel in range(3))
     brightest = np.maximum(np.maximum(red, green), blue)
     spread = (brightest - np.minimum(np.minimum(red, green), blue)).astype(np.uint16) * 255
     return np.asarray(spread // np.maximum(brightest, DARK), np.uint8)
