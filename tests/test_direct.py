@@ -339,6 +339,14 @@ def test_neighbours_are_fetched_together(tmp_path: Path) -> None:
         assert reader.reads <= 16
 
 
+def test_a_large_box_is_fetched_together(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "s.svs", [pixels := smooth_pixels(1024, 1024)], compression="deflate", tile_px=TILE)
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read(0, Box(0, 0, 1024, 1024)), pixels)
+        assert reader_of(slide).decodes == 256
+        assert reader_of(slide).reads <= 4  # of 3 MB
+
+
 def test_spans_are_merged_across_small_gaps_up_to_a_size() -> None:
     spans = [(0, 100, (0, 0)), (100, 50, (0, 1)), (150 + GAP_BYTES, 10, (0, 2)), (10**9, 10, (0, 3))]
     assert [(first, end, [name for *_, name in members]) for first, end, members in merged(spans)] == [

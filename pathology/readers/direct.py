@@ -38,6 +38,8 @@ LARGEST_READ = 2 * 2**20
 # Storage that takes longer than this for a read, on the mean of the last ones, is read ahead of use.
 SLOW_READ_S = 1e-3
 READS_REMEMBERED = 8
+# A box of more tiles than this is no model's tile: nobody has fetched it ahead.
+MANY_TILES = 16
 # Regions that read at once from one slide.
 REGIONS = 2
 # Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.
@@ -106,6 +108,9 @@ class DirectReader:
         self._file = None
 
     def read(self, level: int, box: Box) -> tuple[Pixels, NDArray[np.bool_] | None]:
+        height, width = self._levels[level].codec.shape
+        if box.height * box.width > MANY_TILES * height * width:
+            self.prefetch([(level, box, 1)])
         pixels, missing = self._assembled(level, box, 1)
         if not missing:
             return pixels, None
