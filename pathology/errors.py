@@ -17,6 +17,7 @@ class Reason(StrEnum):
     UNSUPPORTED = "unsupported"  # a slide, but of a kind no reader here decodes
     NO_MPP = "no_mpp"  # the file names no resolution
     BAD_MPP = "bad_mpp"  # the resolution is absurd, anisotropic or contradicts --slide-mpp
+    BAD_MASK = "bad_mask"  # the mask or region of interest given for it cannot be read, or belongs to another slide
     READ_ERROR = "read_error"  # pixels could not be read although the slide opened
     CORRUPT_TILES = "corrupt_tiles"  # pixels of single tiles cannot be decoded; the file is readable elsewhere
     BAD_SCORES = "bad_scores"  # the model answered with NaN or infinity

@@ -31,7 +31,8 @@ class Job:
     slide_mpp    um per level-0 px that overrides the file's own; `force` allows one that contradicts the file
     overlap      0: none; below 1: share of the tile; 1 and above: grid px
     min_tissue   share of a tile that must be tissue, 0..1
-    tissue       how tissue is found
+    tissue       how tissue is found: "otsu", "none", or a file of it (`areas.read_tissue`)
+    roi          GeoJSON file of polygons outside which nothing is inferred; None: the whole slide
     blend        weights where dense answers overlap
     block        strides a side of a region; None: as the plan sees fit
     on_bad_tile  a tile that cannot be decoded: "mask" leaves it NaN and the slide "partial", "fail" fails the slide
@@ -61,7 +62,8 @@ class Job:
     force: bool = False
     overlap: float = 0.0
     min_tissue: float = 0.1
-    tissue: Literal["otsu", "none"] = "otsu"
+    tissue: str = "otsu"
+    roi: str | None = None
     blend: Blend = "hann"
     block: int | None = None
     on_bad_tile: Literal["mask", "fail"] = "mask"

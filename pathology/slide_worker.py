@@ -13,12 +13,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by
 from pathology.clock import Clock, counting
@@ -36,7 +37,7 @@ from pathology.slide import Slide
 from pathology.staging import slide_path
 from pathology.threads import measure_reading
 from pathology.thumbnail import LARGEST_PX, picture
-from pathology.tissue import TissueMask, find_tissue, tissue_geojson, tissue_png
+from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
 
 KEPT_SLIDES = 4
@@ -68,14 +69,26 @@ class ChunkRead:
     slow: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Where a job looks: how tissue is found, or the sha256 of its file, and that of the region of interest ("": none)."""
+
+    tissue: str
+    roi: str
+
+    def fields(self) -> dict[str, str]:
+        """Its part of a result's key."""
+        return {"tissue": self.tissue} | ({"roi": self.roi} if self.roi else {})
+
+
 class _Kept:
     """The open slides and works of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
-        self.tissue: WeakKeyDictionary[Slide, dict[str, TissueMask]] = WeakKeyDictionary()
-        self.tissue_files: WeakKeyDictionary[Slide, dict[str, tuple[bytes, bytes]]] = WeakKeyDictionary()
+        self.tissue: WeakKeyDictionary[Slide, dict[Area, TissueMask]] = WeakKeyDictionary()
+        self.tissue_files: WeakKeyDictionary[Slide, dict[Area, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.pools: dict[int, ReadPool] = {}
         self.grids: OrderedDict[Job, tuple[Slide, ModelSpec, TileGrid]] = OrderedDict()
@@ -96,7 +109,7 @@ def look(job: Job) -> None:
     """Open the job's slide, find its tissue and make its picture, so that `prepare` finds them. What fails is left to it."""
     with suppress(PathologyError):
         slide = open_slide_of(job)
-        _tissue_files(slide, job.tissue)
+        _tissue_files(slide, job)
         picture(slide, 1, LARGEST_PX)
 
 
@@ -117,7 +130,7 @@ def prepare(job: Job) -> Prepared:
         work.clear()
         return Prepared(record)
     _, plan = plan_slide(job, slide, spec)
-    _write_tissue(job, _tissue_files(slide, job.tissue))
+    _write_tissue(job, _tissue_files(slide, job))
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
@@ -143,7 +156,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
 
 def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
     """Tissue and plan of a job, as any run of it would make them."""
-    tissue = _tissue(slide, job.tissue)
+    tissue = _tissue(slide, job)
     grid = _grid(job, slide, spec)
     return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
 
@@ -211,21 +224,30 @@ def _tiled(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
     return slide, spec, grid
 
 
-def _tissue(slide: Slide, method: Literal["otsu", "none"]) -> TissueMask:
-    """The slide's tissue, found once as long as it is open."""
-    found = _kept.tissue.setdefault(slide, {})
-    if method not in found:
-        found[method] = find_tissue(slide, method)
-    return found[method]
+def _area(job: Job) -> Area:
+    return Area(
+        job.tissue if job.tissue in METHODS else f"file {file_sha256(Path(job.tissue))}",
+        "" if job.roi is None else file_sha256(Path(job.roi)),
+    )
 
 
-def _tissue_files(slide: Slide, method: Literal["otsu", "none"]) -> tuple[bytes, bytes]:
-    """What TISSUE_FILES hold, made once as long as the slide is open."""
-    made = _kept.tissue_files.setdefault(slide, {})
-    if method not in made:
-        tissue = _tissue(slide, method)
-        made[method] = tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue)
-    return made[method]
+def _tissue(slide: Slide, job: Job) -> TissueMask:
+    """The slide's tissue as the job wants it, found once as long as it is open."""
+    area, found = _area(job), _kept.tissue.setdefault(slide, {})
+    if area not in found:
+        method = job.tissue
+        tissue = find_tissue(slide, method) if method in METHODS else read_tissue(Path(method), slide.info)
+        found[area] = tissue if job.roi is None else within(tissue, Path(job.roi), slide.info)
+    return found[area]
+
+
+def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
+    """The contents of `TISSUE_FILES`, made once as long as the slide is open."""
+    area, made = _area(job), _kept.tissue_files.setdefault(slide, {})
+    if area not in made:
+        tissue = _tissue(slide, job)
+        made[area] = tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue)
+    return made[area]
 
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
@@ -240,7 +262,7 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "card": key_of(asdict(spec)),
         "tile_px": spec.tile_px,
         "stride_px": job.stride_px(spec.tile_px),
-        "tissue": job.tissue,
+        **_area(job).fields(),
         "min_tissue": job.min_tissue,
         "blend": job.blend if spec.output_px > 1 else "none",
         "precision": job.precision,

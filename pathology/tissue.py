@@ -9,7 +9,7 @@ import json
 import math
 import uuid
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,8 @@ ID_NAMESPACE = uuid.UUID("0d3f9a52-7c1e-5b7a-9b63-2f1f4f0c8e11")
 # Coverage below this is a rounding error of coordinates, not tissue: a tile with it would be inferred for nothing.
 LEAST_COVERAGE = 1e-9
 
+
+METHODS = ("otsu", "none")
 
 Whole = NDArray[np.int64]
 
@@ -173,7 +175,7 @@ def _summed(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.signe
     return sums
 
 
-def find_tissue(slide: Slide, method: Literal["otsu", "none"] = "otsu") -> TissueMask:
+def find_tissue(slide: Slide, method: str = "otsu") -> TissueMask:
     """The slide's tissue, at about 8 um per mask pixel.
 
     "otsu"  coloured parts: Otsu's threshold (IEEE Trans. SMC 9, 1979) on the smoothed saturation of the parts with data,
@@ -186,7 +188,7 @@ def find_tissue(slide: Slide, method: Literal["otsu", "none"] = "otsu") -> Tissu
 
     Raises UsageError for another method, SlideError where pixels can't be read.
     """
-    if method not in ("otsu", "none"):
+    if method not in METHODS:
         raise UsageError(f"tissue method {method!r} is unknown; use otsu or none")
     info = slide.info
     level, factor = _working_level(info)

@@ -5,7 +5,6 @@ Heavy imports happen inside the commands that need them.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -14,11 +13,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar
 
 import click
 
-from pathology.errors import PathologyError
+from pipelines.model_commands import models
+from pipelines.one_line import one_line_errors, printable
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
@@ -33,24 +33,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def main(context: click.Context, debug: bool) -> None:
     """Whole-slide inference: slides in, exact whole-slide heatmaps out. Research use only."""
     context.obj = debug
-
-
-def one_line_errors(command: Command) -> Command:
-    """Show a PathologyError as one line and leave with its exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        try:
-            return command(*arguments, **options)
-        except PathologyError as error:
-            if click.get_current_context().find_root().obj:
-                raise
-            from pipelines.batch import exit_code
-
-            click.echo(f"pathology: {_printable(error)}", err=True)
-            sys.exit(exit_code(error))
-
-    return cast(Command, wrapped)
 
 
 class Bytes(click.ParamType[int]):
@@ -99,7 +81,15 @@ def job_options(command: Command) -> Command:
             "--min-tissue", type=float, default=0.1, show_default=True, help="Share of a tile that must be tissue, 0 to 1."
         ),
         click.option(
-            "--tissue", type=click.Choice(["otsu", "none"]), default="otsu", show_default=True, help="How tissue is found."
+            "--tissue",
+            default="otsu",
+            show_default=True,
+            help="How tissue is found: otsu, none, or a file of it: GeoJSON, or a picture in which all but black is tissue.",
+        ),
+        click.option(
+            "--roi",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="GeoJSON polygons, as QuPath exports them, outside which nothing is inferred.",
         ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
         click.option("--num-workers", type=int, help="Threads that read tiles, for each device.  [default: measured]"),
@@ -236,7 +226,7 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
             click.echo(json.dumps(facts(verdict)))
     if not as_json:
         for line in table(rows):
-            click.echo(_printable(line))
+            click.echo(printable(line))
     sys.exit(1 if fails else 0)
 
 
@@ -294,39 +284,7 @@ def benchmark(model: str, slide: Path, tiles: int, **options: Any) -> None:
         click.echo(line)
 
 
-@main.group(invoke_without_command=True)
-@click.pass_context
-@one_line_errors
-def models(context: click.Context) -> None:
-    """List the models that are known; `add` and `show` them."""
-    if context.invoked_subcommand is None:
-        from pathology.models import known_models
-
-        for entry in known_models():
-            click.echo(f"{entry.name:<24} {entry.kind:<10} {entry.sha256[:12]}  {entry.path}".rstrip())
-
-
-@models.command("add")
-@click.argument("path", type=click.Path())
-@click.option("--trust", metavar="SHA256", help="The weights' sha256, as their publisher states it.")
-@click.option("--name", help="Another name than the folder's.")
-@one_line_errors
-def models_add(path: str, trust: str | None, name: str | None) -> None:
-    """Register the WSInfer model folder at PATH. Its weights run code when loaded, so they must be trusted by hash."""
-    from pathology.models import add_model
-
-    entry = add_model(path, trust, name)
-    click.echo(f"added {entry.name} ({entry.kind}, {entry.sha256[:12]}): pathology run SLIDES --model {entry.name} --out DIR")
-
-
-@models.command("show")
-@click.argument("model")
-@one_line_errors
-def models_show(model: str) -> None:
-    """Show the card of MODEL as JSON."""
-    from pathology.models import load_spec
-
-    click.echo(json.dumps(asdict(load_spec(model)), indent=2))
+main.add_command(models)
 
 
 @main.command()
@@ -339,7 +297,7 @@ def verify(folder: Path) -> None:
     found = 0
     for difference in differences(folder):
         found += 1
-        click.echo(f"{difference.what:<11} {_printable(difference.path)}")
+        click.echo(f"{difference.what:<11} {printable(difference.path)}")
     if found:
         click.echo(f"{found} files differ; run with --overwrite to compute these results again", err=True)
         sys.exit(1)
@@ -364,7 +322,7 @@ def export(folder: Path, kinds: tuple[str, ...], slide_id: str | None) -> None:
     for result in results:
         for kind in kinds:
             for path in export_result(result, kind):
-                click.echo(_printable(path))
+                click.echo(printable(path))
 
 
 def _settings(num_workers: int | None, **options: Any) -> Any:
@@ -377,11 +335,6 @@ def _slides(named: tuple[str, ...], limit: int | None, settings: Any) -> Any:
     from pipelines.slides import find_slides
 
     return find_slides(named, settings.out, pictures=settings.slide_mpp is not None)[:limit]
-
-
-def _printable(value: object) -> str:
-    """Text that any terminal takes: a file's name may hold bytes that are no text."""
-    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def console() -> NoReturn:

@@ -21,7 +21,8 @@ class Settings:
     force: bool = False
     overlap: float = 0.0
     min_tissue: float = 0.1
-    tissue: Literal["otsu", "none"] = "otsu"
+    tissue: str = "otsu"
+    roi: Path | None = None
     device: str = "auto"
     batch_size: int = 32
     readers: int | None = None
@@ -60,6 +61,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
+    tissue = _file_or_name(settings.tissue)
     precisions = {model: choose_precision(settings.precision, device, is_network(model)) for model in models}
     return [
         Job(
@@ -72,7 +74,8 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             force=settings.force,
             overlap=settings.overlap,
             min_tissue=settings.min_tissue,
-            tissue=settings.tissue,
+            tissue=tissue if slide.mask is None else str(slide.mask.absolute()),
+            roi=_path(settings.roi if slide.roi is None else slide.roi),
             device=device,
             batch_size=settings.batch_size,
             threads=settings.threads or 0,
@@ -85,10 +88,26 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             on_bad_tile=settings.on_bad_tile,
             overwrite=settings.overwrite,
             strict=settings.strict,
-            stage=None if settings.stage is None else str(settings.stage.absolute()),
+            stage=_path(settings.stage),
             stage_bytes=settings.stage_bytes,
             columns=slide.columns,
         )
         for slide in slides
         for model in models
     ]
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())  # a worker elsewhere has another working directory
+
+
+def _file_or_name(tissue: str) -> str:
+    """A method's name as it is, anything else as the path of a file."""
+    from pathology.tissue import METHODS
+
+    if tissue in METHODS:
+        return tissue
+    path = Path(tissue).absolute()
+    if not path.is_file():
+        raise UsageError(f"tissue {tissue} is neither {' nor '.join(METHODS)} nor a file; give a mask picture or GeoJSON")
+    return str(path)

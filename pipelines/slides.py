@@ -17,7 +17,7 @@ from pathology.readers.dicom import WHOLE_SLIDE, Instance, folder_instances, may
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide"}
 PICTURES = {".png", ".jpg", ".jpeg"}
 SLIDE_COLUMNS = ("slide", "wsi")
-OWN_COLUMNS = {*SLIDE_COLUMNS, "slide_mpp", "id"}
+OWN_COLUMNS = {*SLIDE_COLUMNS, "slide_mpp", "id", "mask", "roi"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class SlideEntry:
     root     the folder or file through which it was found
     columns  (name, value) pairs of the slide list that are passed through
     series   SeriesInstanceUID of a DICOM slide, otherwise ""
+    mask     file of its tissue, roi of the region of interest; None: as the run's options say
     """
 
     path: Path
@@ -35,6 +36,8 @@ class SlideEntry:
     slide_mpp: float | None = None
     columns: tuple[tuple[str, str], ...] = ()
     series: str = ""
+    mask: Path | None = None
+    roi: Path | None = None
 
 
 def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: bool = False) -> list[SlideEntry]:
@@ -161,6 +164,7 @@ def _slide_list(path: Path) -> Iterator[SlideEntry]:
             _number(row.get("slide_mpp", ""), path, number),
             tuple((c, row[c]) for c in columns if c not in OWN_COLUMNS),
             instance.series if instance is not None and instance.of_slide else "",
+            *(path.parent / row[c].strip() if row.get(c, "").strip() else None for c in ("mask", "roi")),
         )
 
 

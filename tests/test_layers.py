@@ -32,6 +32,7 @@ ORDER = [
     "pathology.components",
     "pathology.outline",
     "pathology.tissue",
+    "pathology.areas",
     "pathology.grid",
     "pathology.plan",
     "pathology.readers.tiff",
@@ -52,6 +53,11 @@ ORDER = [
     "pathology.models.pieces",
     "pathology.models.fold",
     "pathology.models.network",
+    "pathology.models.card",
+    "pathology.models.weights",
+    "pathology.models.onnx",
+    "pathology.models.folder",
+    "pathology.models.checkpoint",
     "pathology.models.nuclei",
     "pathology.models.python",
     "pathology.models.wsinfer",
@@ -90,6 +96,9 @@ ORDER = [
     "pipelines.check",
     "pipelines.benchmark",
     "pipelines.batch",
+    "pipelines.compare",
+    "pipelines.one_line",
+    "pipelines.model_commands",
     "pipelines.cli",
 ]
 
@@ -106,7 +115,10 @@ HEAVY = {
     "dask": ("pathology.schedule", "pathology.result", "pathology.lazy"),
     "zarr": ("pathology.store", "pathology.pyramid", "pathology.result"),
     "pyarrow": ("pathology.export.table",),
-    "click": ("pipelines.cli",),
+    "safetensors": ("pathology.models.weights", "pathology.models.checkpoint"),
+    "fastjsonschema": ("pathology.models.card",),
+    "onnxruntime": ("pathology.models.onnx",),
+    "click": ("pipelines.cli", "pipelines.one_line", "pipelines.model_commands"),
     "tqdm": ("pipelines.batch",),
 }
 

@@ -1,7 +1,7 @@
 """From a model's reference to a model. Promise: a card (`load_spec`) costs no import of torch, except by a user's own factory.
 
-A reference is, in this order: a built-in's name, a name in the local registry, a WSInfer model folder, or a Python factory
-`package.module:factory`. Built-ins and factories take arguments: `nuclei-density?tile_px=224`.
+A reference is, in this order: a built-in's name, a name in the local registry, a model folder (with a card, or WSInfer's), or a
+Python factory `package.module:factory`. Built-ins and factories take arguments: `nuclei-density?tile_px=224`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from pathlib import Path
 from pathology.errors import ModelError
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
+from pathology.models import folder as folders
 from pathology.models import nuclei, python, wsinfer
+from pathology.models.card import CARD, read_card
 from pathology.models.refs import call, parse_ref
-from pathology.models.trust import Entry, entries, trust_file
+from pathology.models.trust import Entry, entries, register, trust_file
 
 __all__ = ["add_model", "is_network", "known_models", "load_model", "load_spec"]
 
@@ -28,7 +30,8 @@ def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", com
 
         set_exact()
     if folder := _folder(ref):
-        return wsinfer.load(folder, device, precision, compile)
+        load = folders.load if _has_card(folder) else wsinfer.load
+        return load(folder, device, precision, compile)
     name, arguments = parse_ref(ref)
     if name == nuclei.NAME:
         return call(name, nuclei.NucleiDensity, arguments, device, precision, compile)
@@ -37,8 +40,8 @@ def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", com
 
 def is_network(ref: str) -> bool:
     """Whether `ref` names a torch network, which can be asked for a precision. ModelError where it is nothing known."""
-    if _folder(ref):
-        return True
+    if folder := _folder(ref):
+        return not _has_card(folder) or read_card(folder).weights.format != "onnx"
     name = parse_ref(ref)[0]
     return name != nuclei.NAME and python.takes_precision(name)
 
@@ -46,7 +49,7 @@ def is_network(ref: str) -> bool:
 def load_spec(ref: str) -> ModelSpec:
     """The card of the model that `ref` names, without loading weights. ModelError as for `load_model`, trust included."""
     if folder := _folder(ref):
-        return wsinfer.load_spec(folder)
+        return folders.load_spec(folder) if _has_card(folder) else wsinfer.load_spec(folder)
     name, arguments = parse_ref(ref)
     if name == nuclei.NAME:
         return call(name, nuclei.spec, arguments, "cpu")
@@ -54,18 +57,26 @@ def load_spec(ref: str) -> ModelSpec:
 
 
 def add_model(path: str | Path, trust: str | None = None, name: str | None = None) -> Entry:
-    """Check the WSInfer folder at `path` and register it, so that it may be loaded by name or path.
+    """Check the model folder at `path` and register it, so that it may be loaded by name or path.
 
-    Its weights run code when loaded: `trust` must be their sha256. Without it, or with another, ModelError tells
-    the actual one. `name` is the folder's name unless given.
+    What runs code when loaded must be trusted: `trust` is then the sha256 of that file (the weights, or a card that names a
+    function for its architecture). Without it, or with another, ModelError tells the actual one. `name` is the folder's name
+    unless given.
     """
     folder = Path(path).expanduser()
     if (name or folder.resolve().name) == nuclei.NAME:
         raise ModelError(f"{nuclei.NAME} is built in; add {folder} under another name")
-    wsinfer.read_card(folder)
-    if not (folder / wsinfer.WEIGHTS).is_file():
-        raise ModelError(f"{folder} has no {wsinfer.WEIGHTS}; fetch the whole model folder")
-    return trust_file(folder / wsinfer.WEIGHTS, "wsinfer", trust, name)
+    if not _has_card(folder):
+        wsinfer.read_card(folder)
+        if not (folder / wsinfer.WEIGHTS).is_file():
+            raise ModelError(f"{folder} has no {wsinfer.WEIGHTS}; fetch the whole model folder")
+        return trust_file(folder / wsinfer.WEIGHTS, "wsinfer", trust, name)
+    card = read_card(folder)
+    if not (folder / card.weights.file).is_file():
+        raise ModelError(f"{folder} has no {card.weights.file}; fetch the whole model folder")
+    if (risky := folders.runs_code(folder, card)) is not None:
+        return trust_file(risky[0], card.weights.format, trust, name)
+    return register(folder, card.weights.format, card.spec.sha256, name)
 
 
 def known_models() -> list[Entry]:
@@ -73,8 +84,12 @@ def known_models() -> list[Entry]:
     return [Entry(nuclei.NAME, "", nuclei.spec().sha256, "built-in"), *entries()]
 
 
+def _has_card(folder: Path) -> bool:
+    return (folder / CARD).is_file()
+
+
 def _folder(ref: str) -> Path | None:
-    """The WSInfer folder that `ref` names or is; None for a built-in or a factory. ModelError where it is nothing known."""
+    """The model folder that `ref` names or is; None for a built-in or a factory. ModelError where it is nothing known."""
     name = ref.partition("?")[0]
     if name == nuclei.NAME:
         return None
@@ -89,7 +104,7 @@ def _folder(ref: str) -> Path | None:
     if name in registered or Path(name).expanduser().is_dir():
         raise ModelError(f"model {ref}: a model folder takes no arguments; leave out everything from the question mark")
     if path.exists():
-        raise ModelError(f"model {ref} is a file; name the folder that holds {wsinfer.CONFIG} and {wsinfer.WEIGHTS}")
+        raise ModelError(f"model {ref} is a file; name the folder that holds it, with {CARD} or {wsinfer.CONFIG}")
     if not python.is_factory(name):
         known = ", ".join([nuclei.NAME, *registered])
         raise ModelError(

@@ -29,8 +29,8 @@ class Entry:
 
     name    what `--model` takes, and the folder its results go to
     path    the model's folder; "" for a built-in
-    sha256  hex digest of the file that runs code when loaded; of the source for a built-in
-    kind    "wsinfer" or "built-in"
+    sha256  hex digest of the file that runs code when loaded, or else of card and weights; of the source for a built-in
+    kind    "wsinfer", the format of a card's weights, or "built-in"
     """
 
     name: str
@@ -66,10 +66,7 @@ def entries() -> list[Entry]:
 
 
 def trust_file(weights: Path, kind: str, trust: str | None, name: str | None = None) -> Entry:
-    """Register the folder of `weights`, a file that runs code when loaded, if `trust` is the sha256 of its bytes.
-
-    The name is the folder's unless given. Adding a folder again replaces its entry.
-    """
+    """`register` the folder of `weights`, a file that runs code when loaded, if `trust` is the sha256 of its bytes."""
     folder = weights.parent.resolve()
     actual = hashlib.sha256(weights.read_bytes()).hexdigest()
     if trust is None:
@@ -82,12 +79,27 @@ def trust_file(weights: Path, kind: str, trust: str | None, name: str | None = N
             f"{weights.name} in {folder} has sha256 {actual}, not {trust}: it is not the file you mean to trust; "
             "compare with what the model's publisher states and fetch it again"
         )
-    entry = Entry(_checked_name(name, folder), str(folder), actual, kind)
+    return register(folder, kind, actual, name)
+
+
+def register(folder: Path, kind: str, sha256: str, name: str | None = None) -> Entry:
+    """Register `folder` and trust the file in it, if any, that runs code when loaded and has `sha256`.
+
+    The name is the folder's unless given. Adding a folder again replaces its entry.
+    """
+    entry = Entry(checked_name(name, folder), str(folder.resolve()), sha256, kind)
     others = {e.name: e for e in entries() if e.path != entry.path}
     if entry.name in others:
         raise ModelError(f"the name {entry.name} stands for {others[entry.name].path}; add {folder} under another name")
     _write([*others.values(), entry])
     return entry
+
+
+def forget(folder: Path) -> None:
+    """Take `folder` out of the registry, if it is there."""
+    path, known = str(folder.resolve()), entries()
+    if any(e.path == path for e in known):
+        _write([e for e in known if e.path != path])
 
 
 def require_trust(weights: Path, sha256: str) -> Entry:
@@ -110,7 +122,8 @@ def _command(folder: Path, sha256: str) -> str:
     return f"pathology models add {shlex.quote(str(folder))} --trust {sha256}"
 
 
-def _checked_name(name: str | None, folder: Path) -> str:
+def checked_name(name: str | None, folder: Path) -> str:
+    """`name` if it is one for a model, or one made of the folder's where it is None. ModelError for another."""
     if name is None:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip(".-_")[:60] or "model"
     if not re.fullmatch(NAME, name):

@@ -1,0 +1,138 @@
+"""The model card, `model.toml` beside a model's weights.
+
+Promise: every field is known and checked, by `card.schema.json`, before weights are touched; a field that is not known is
+refused, since it may be one that decides scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pathology.errors import ModelError
+from pathology.model import ModelSpec, ReadRule
+
+CARD = "model.toml"
+Format = Literal["safetensors", "onnx", "torchscript", "pt2"]
+Activation = Literal["softmax", "sigmoid", "none"]
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A card's weights: their file in its folder, hashed, and for safetensors what network they belong to."""
+
+    format: Format
+    file: str
+    sha256: str
+    architecture: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A checked card. `spec` is how the pipeline sees it; `mean` and `std` are of 0..1 colours in the order of `channels`."""
+
+    spec: ModelSpec
+    weights: Weights
+    sha256: str
+    activation: Activation
+    channels: Literal["rgb", "bgr"]
+    mean: Colour
+    std: Colour
+
+
+def read_card(folder: Path) -> Card:
+    """The card in `folder`. ModelError names what is wrong, and the field."""
+    try:
+        raw = (folder / CARD).read_bytes()
+    except OSError as error:
+        raise ModelError(f"{CARD} in {folder} cannot be read ({error.strerror})") from error
+    try:
+        content = tomllib.loads(raw.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{CARD} in {folder} is no TOML: {error}; correct it") from error
+    if content.get("schema", 1) != 1:
+        raise ModelError(f"{CARD} in {folder} has schema {content['schema']!r}, this program knows 1; update the program")
+    if why := _refusal(content):
+        raise ModelError(f"{CARD} in {folder}: {why}; correct it, or fetch it again")
+    return _card(content, hashlib.sha256(raw).hexdigest())
+
+
+def toml_value(value: Any) -> str:
+    """`value` as TOML: texts, numbers, booleans, and lists and tables of them."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and booleans are written as JSON's
+
+
+def _card(content: Mapping[str, Any], sha256: str) -> Card:
+    weights, given, answer = Weights(**content["weights"]), content["input"], content["output"]
+    classes = answer["classes"]
+    input_px = given.get("input_px", given["tile_px"])
+    colors = tuple(c.get("color", "") for c in classes)
+    thresholds = tuple(float(c.get("threshold", 0.5)) for c in classes)
+    scale = given.get("divide_by", 255) / 255
+    # Of JSON's numbers 0 and 0.0 are equal: made floats here, so that equal cards make equal models.
+    mean, std = (
+        tuple(float(v) * scale for v in given.get(name, default)) for name, default in (("mean", (0, 0, 0)), ("std", (1, 1, 1)))
+    )
+    spec = ModelSpec(
+        name=content["name"],
+        # The card decides answers as much as the weights do.
+        sha256=hashlib.sha256(f"{weights.sha256} {sha256}".encode()).hexdigest(),
+        classes=tuple(c["name"] for c in classes),
+        mpp=float(given["mpp"]),
+        tile_px=given["tile_px"],
+        input_px=input_px,
+        output_px=answer.get("output_px", input_px) if answer["kind"] == "map" else 1,
+        scores=answer.get("scores", "value" if answer["activation"] == "none" else "probability"),
+        units=answer.get("units", ""),
+        threshold=thresholds,
+        colors=colors if all(colors) else (),
+        display=tuple(float(v) for v in answer.get("display", (0, 1))),  # type: ignore[arg-type]  # two, by the schema
+        read=ReadRule(given.get("level", "best"), given.get("margin", True), given.get("filter", "area")),
+    )
+    return Card(
+        spec,
+        weights,
+        sha256,
+        answer["activation"],
+        given.get("channels", "rgb"),
+        (mean[0], mean[1], mean[2]),
+        (std[0], std[1], std[2]),
+    )
+
+
+def _refusal(content: Mapping[str, Any]) -> str:
+    """Why the schema refuses `content`; "" where it does not."""
+    import fastjsonschema
+
+    try:
+        _validate()(content)
+    except fastjsonschema.JsonSchemaException as error:
+        return str(error).replace("data.", "", 1).replace("data ", "the card ", 1)
+    colors = [c for c in content["output"]["classes"] if "color" in c]
+    if colors and len(colors) < len(content["output"]["classes"]):
+        return "some of output.classes have a color and some have none"
+    if "output_px" in content["output"] and content["output"]["kind"] != "map":
+        return "output.output_px is for kind map"
+    return ""
+
+
+@functools.cache
+def _validate() -> Callable[[Any], Any]:
+    import fastjsonschema
+
+    schema = json.loads(resources.files("pathology.models").joinpath("card.schema.json").read_bytes())
+    validate: Callable[[Any], Any] = fastjsonschema.compile(schema)
+    return validate

@@ -1,0 +1,166 @@
+"""Model folders: a card, `model.toml`, beside weights in one of four formats.
+
+Promise: weights are loaded from the very bytes that have the card's sha256. Safetensors and ONNX load freely; what runs code
+when it is loaded (TorchScript, .pt2, and an architecture that is not a class of networks) only after the user has trusted it by
+hash, and the safe way is never tried first to fall back on the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathology.errors import ModelError
+from pathology.job import Precision
+from pathology.model import Model, ModelSpec
+from pathology.models.card import CARD, Card, Weights, read_card
+from pathology.models.network import TorchNetwork, on_its_device
+from pathology.models.onnx import onnx_module
+from pathology.models.trust import require_trust
+from pathology.models.weights import check_finite, fill, read_safetensors, read_weights
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(folder: Path, device: str, precision: Precision = "fp32", compile: bool = False) -> Model:
+    """The model in `folder`, ready on `device`. ModelError where it is not trusted, not valid or not loadable."""
+    card = read_card(folder)
+    if (risky := runs_code(folder, card)) is not None:
+        require_trust(*risky)
+    if card.weights.format == "onnx" and device != "cpu":
+        raise ModelError(f"model {card.spec.name} is ONNX, which runs on the CPU here; pass --device cpu")
+    network = _network(folder, card, device)
+    if card.channels == "bgr":
+        network = _reversed_colours(network)
+    mean, std = (v[::-1] if card.channels == "bgr" else v for v in (card.mean, card.std))
+    loaded = TorchNetwork(
+        card.spec,
+        network,
+        mean=mean,
+        std=std,
+        activation=card.activation,
+        device=device,
+        precision=precision,
+        compile=compile,
+    )
+    return on_its_device(loaded)
+
+
+def load_spec(folder: Path) -> ModelSpec:
+    """The card of the model in `folder` as the pipeline sees it, without its weights. ModelError where it is not valid."""
+    return read_card(folder).spec
+
+
+def runs_code(folder: Path, card: Card) -> tuple[Path, str] | None:
+    """The file in `folder` that has a say in what code runs when it is loaded, with its sha256; None where none has."""
+    if card.weights.format in ("torchscript", "pt2"):
+        return folder / card.weights.file, card.weights.sha256
+    if card.weights.format == "safetensors" and not _is_network_class(card.weights.architecture):
+        # A card could name any function, and any arguments.
+        return folder / CARD, card.sha256
+    return None
+
+
+def architecture(name: str) -> Callable[..., Any]:
+    """What `package.module:factory` names. ModelError where it cannot be imported or called."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute, None)
+    except Exception as error:  # a module runs when imported, and may raise anything
+        raise ModelError(
+            f"architecture {name}: {module_name} cannot be imported: {error}; install its package where this program runs"
+        ) from error
+    if not callable(found):
+        raise ModelError(f"architecture {name}: {module_name} has no callable {attribute}; name a torch.nn.Module")
+    factory: Callable[..., Any] = found
+    return factory
+
+
+def build(weights: Weights) -> torch.nn.Module:
+    """The network of a card's architecture, with weights of its own making. ModelError where that fails."""
+    import torch
+
+    factory = architecture(weights.architecture)
+    try:
+        network = factory(**weights.arguments)
+    except Exception as error:  # foreign code
+        raise ModelError(
+            f"architecture {weights.architecture} failed with {type(error).__name__}: {error}; correct its arguments"
+        ) from error
+    if not isinstance(network, torch.nn.Module):
+        raise ModelError(f"architecture {weights.architecture} made a {type(network).__name__}, no torch.nn.Module")
+    return network
+
+
+def _network(folder: Path, card: Card, device: str) -> torch.nn.Module:
+    import torch
+
+    weights = card.weights
+    data, name = read_weights(folder / weights.file, weights.sha256), f"{weights.file} of model {card.spec.name}"
+    if weights.format == "onnx":
+        return onnx_module(data, name)
+    if weights.format == "safetensors":
+        state = read_safetensors(data, name)
+        check_finite(state, name)
+        network = build(weights)
+        fill(network, state, name)
+        return network
+    loaded: torch.nn.Module
+    try:
+        with warnings.catch_warnings():
+            # Trusted and asked for by the card: that torch would rather see another format helps no one here.
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+            if weights.format == "torchscript":
+                loaded = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
+            else:
+                loaded = _exported(torch.export.load(io.BytesIO(data)), device)
+    except ModelError:
+        raise
+    except Exception as error:  # of a damaged file torch raises nearly anything
+        raise ModelError(f"{name} cannot be loaded by torch ({' '.join(str(error).split())[:200]}); fetch it again") from error
+    check_finite(loaded.state_dict(), name)
+    return loaded
+
+
+def _exported(program: torch.export.ExportedProgram, device: str) -> torch.nn.Module:
+    import torch
+    from torch.export.passes import move_to_device_pass
+
+    module = move_to_device_pass(program, device).module()
+
+    class Exported(torch.nn.Module):
+        """Out of sight of `eval` and `to`, which an exported program refuses: it stays as it was exported."""
+
+        def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = module(tiles.contiguous())
+            return answer
+
+    check_finite(program.state_dict, "the exported program")
+    return Exported()
+
+
+def _is_network_class(name: str) -> bool:
+    import torch
+
+    found = architecture(name)
+    return isinstance(found, type) and issubclass(found, torch.nn.Module)
+
+
+def _reversed_colours(network: torch.nn.Module) -> torch.nn.Module:
+    import torch
+
+    class Reversed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.network(tiles.flip(1))
+            return answer
+
+    return Reversed()

@@ -1,0 +1,163 @@
+"""`pathology models`: which models are known, and how a new one becomes known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from pathology.errors import UsageError
+from pipelines.one_line import one_line_errors, printable
+
+if TYPE_CHECKING:
+    from pathology.models.card import Activation, Colour
+
+SHOWN = 5  # tiles that `check` lists
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@one_line_errors
+def models(context: click.Context) -> None:
+    """List the models that are known; make, add, show and check them."""
+    if context.invoked_subcommand is None:
+        from pathology.models import known_models
+
+        for entry in known_models():
+            click.echo(f"{entry.name:<24} {entry.kind:<12} {entry.sha256[:12]}  {entry.path}".rstrip())
+
+
+@models.command("init")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--arch", "architecture", required=True, metavar="PACKAGE.MODULE:CLASS", help="The network, as Python imports it."
+)
+@click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="An argument of the network; several: repeat.")
+@click.option("--classes", required=True, help="Names of the classes, in the order of its answers: tumour,stroma,rest.")
+@click.option("--mpp", type=float, required=True, help="um per pixel of the tiles it was trained on.")
+@click.option("--tile-px", type=int, required=True, help="Side of those tiles.")
+@click.option("--normalize", required=True, help="imagenet, half, none, or mean/std of 0..1 colours: 0.7,0.6,0.7/0.2,0.2,0.2.")
+@click.option(
+    "--activation",
+    type=click.Choice(["softmax", "sigmoid", "none"]),
+    help="What makes scores of its answers.  [default: softmax; sigmoid for one class]",
+)
+@click.option("--output-px", type=int, default=0, help="Side of the map it answers, for a network with an answer per pixel.")
+@click.option("-o", "--out", "folder", type=click.Path(path_type=Path), required=True, help="The model's folder, and its name.")
+@one_line_errors
+def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
+    """Make a model folder of CHECKPOINT: weights as safetensors beside a card, tried once, and registered.
+
+    Takes a state dict, or a Lightning or DDP checkpoint; prefixes such as module. or model. are taken off. Nothing in
+    CHECKPOINT is executed.
+    """
+    from pathology.models.checkpoint import Wanted, make_folder
+
+    classes = [name.strip() for name in options["classes"].split(",")]
+    mean, std = _normalization(options["normalize"])
+    wanted = Wanted(
+        architecture=options["architecture"],
+        arguments=_arguments(options["arguments"]),
+        classes=classes,
+        mpp=options["mpp"],
+        tile_px=options["tile_px"],
+        mean=mean,
+        std=std,
+        activation=cast("Activation", options["activation"] or ("softmax" if len(classes) > 1 else "sigmoid")),
+        output_px=options["output_px"],
+    )
+    made = make_folder(checkpoint, folder, wanted)
+    click.echo(f"made {made.name} in {printable(made.folder)}: {made.weights} weights")
+    if made.prefix:
+        click.echo(f"taken off their names: {made.prefix}")
+    for key in made.left_out:
+        click.echo(f"not in the network, left out: {printable(key)}")
+    click.echo(f"Compare it with scores you trust: pathology models check {made.name} --tiles FOLDER --expected scores.csv")
+
+
+@models.command("add")
+@click.argument("path", type=click.Path())
+@click.option("--trust", metavar="SHA256", help="Of the file that runs code when loaded, as its publisher states it.")
+@click.option("--name", help="Another name than the folder's.")
+@one_line_errors
+def models_add(path: str, trust: str | None, name: str | None) -> None:
+    """Register the model folder at PATH, with a card or WSInfer's. What runs code when loaded must be trusted by hash."""
+    from pathology.models import add_model
+
+    entry = add_model(path, trust, name)
+    click.echo(f"added {entry.name} ({entry.kind}, {entry.sha256[:12]}): pathology run SLIDES --model {entry.name} --out DIR")
+
+
+@models.command("show")
+@click.argument("model")
+@one_line_errors
+def models_show(model: str) -> None:
+    """Show the card of MODEL as JSON."""
+    from pathology.models import load_spec
+
+    click.echo(json.dumps(asdict(load_spec(model)), indent=2))
+
+
+@models.command("check")
+@click.argument("model")
+@click.option(
+    "--tiles", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Pictures of tiles."
+)
+@click.option(
+    "--expected", type=click.Path(path_type=Path), required=True, help="CSV: tile (a file's name), a score per class."
+)
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Exit with 1 where a score differs by more.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@one_line_errors
+def models_check(model: str, tiles: Path, expected: Path, tolerance: float, device: str) -> None:
+    """Compare MODEL's scores of given tiles with expected ones, tile by tile."""
+    from pathology.device import choose_device
+    from pathology.models import load_model
+    from pipelines.compare import compare
+
+    differences = sorted(compare(load_model(model, choose_device(device)), tiles, expected), key=lambda d: d.size, reverse=True)
+    for difference in differences[:SHOWN]:
+        click.echo(
+            f"{difference.size:.1e}  {printable(difference.tile)}  {difference.column} {difference.score:.6f}, "
+            f"expected {difference.expected:.6f}"
+        )
+    largest = differences[0].size
+    verdict = "all within" if largest <= tolerance else "NOT within"
+    click.echo(f"{len(differences)} tiles, largest difference {largest:.1e}: {verdict} {tolerance:g}")
+    if largest > tolerance:
+        sys.exit(1)
+
+
+def _normalization(text: str) -> tuple[Colour, Colour]:
+    from pathology.models.checkpoint import NORMALIZATIONS
+
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        mean, std = ([float(v) for v in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        mean, std = [], []
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        known = ", ".join(NORMALIZATIONS)
+        raise UsageError(
+            f"--normalize {text}: use {known}, or three means and three deviations above 0: 0.7,0.6,0.7/0.2,0.2,0.2"
+        )
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE, the value as JSON where it is that (numbers, true, lists), as text otherwise."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        name, mark, value = pair.partition("=")
+        if not mark or not name.isidentifier():
+            raise UsageError(f"--arg {pair}: write NAME=VALUE")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
