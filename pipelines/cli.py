@@ -19,6 +19,7 @@ import click
 
 from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors, printable
+from pipelines.recipes import known_recipes, recipe_option
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
@@ -68,6 +69,7 @@ def reader_options() -> list[Callable[[Command], Command]]:
 def job_options(command: Command) -> Command:
     """Options that decide what is computed; the same for `run` and `check`."""
     options = [
+        recipe_option(lambda: run),
         click.option("--slide-mpp", type=float, help="The slides' resolution in um per px, where files are silent or wrong."),
         click.option("--force", is_flag=True, help="Take --slide-mpp though a file states something more than 10 % different."),
         click.option(
@@ -285,6 +287,14 @@ def benchmark(model: str, slide: Path, tiles: int, **options: Any) -> None:
 
 
 main.add_command(models)
+
+
+@main.command()
+@one_line_errors
+def recipes() -> None:
+    """List the recipes that `--recipe` knows by name."""
+    for name, description in known_recipes():
+        click.echo(f"{name:<24} {description}")
 
 
 @main.command()

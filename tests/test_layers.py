@@ -99,6 +99,7 @@ ORDER = [
     "pipelines.compare",
     "pipelines.one_line",
     "pipelines.model_commands",
+    "pipelines.recipes",
     "pipelines.cli",
 ]
 
@@ -118,7 +119,7 @@ HEAVY = {
     "safetensors": ("pathology.models.weights", "pathology.models.checkpoint"),
     "fastjsonschema": ("pathology.models.card",),
     "onnxruntime": ("pathology.models.onnx",),
-    "click": ("pipelines.cli", "pipelines.one_line", "pipelines.model_commands"),
+    "click": ("pipelines.cli", "pipelines.one_line", "pipelines.model_commands", "pipelines.recipes"),
     "tqdm": ("pipelines.batch",),
 }
 
