@@ -18,21 +18,29 @@ from numpy.typing import NDArray
 from pathology.errors import UsageError
 from pathology.geometry import Box
 
-Blend = Literal["hann", "constant"]
+Blend = Literal["hann", "gaussian", "constant"]
+
+# MONAI's defaults for its Gaussian: deviation as a share of the side, and the least weight beside the centre's 1.
+GAUSSIAN_SIGMA, GAUSSIAN_LEAST = 0.125, 1e-3
 
 
 def blend_window(side: int, blend: Blend) -> NDArray[np.float32]:
     """(side, side) float32 weights > 0 for one tile's answer.
 
     "hann" falls off towards the edges as sin^2, sampled at pixel centres, so it is nowhere 0 and a pixel that only
-    a tile's edge reaches still gets that tile's value. "constant" is the plain mean.
+    a tile's edge reaches still gets that tile's value. "gaussian" is MONAI's importance map of that name: a deviation of an
+    eighth of the side, no weight below a thousandth. "constant" is the plain mean.
     """
     if blend == "constant":
         return np.ones((side, side), np.float32)
     if blend == "hann":
         line = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
         return np.outer(line, line).astype(np.float32)
-    raise UsageError(f"blend {blend!r} is unknown; use hann or constant")
+    if blend == "gaussian":
+        line = np.exp(-((np.arange(side) - (side - 1) / 2) ** 2) / (2 * (GAUSSIAN_SIGMA * side) ** 2))
+        window = np.outer(line, line)
+        return np.maximum(window, max(window.min(), GAUSSIAN_LEAST)).astype(np.float32)
+    raise UsageError(f"blend {blend!r} is unknown; use hann, gaussian or constant")
 
 
 # Rows of the heatmap are handed out, staged and hashed in bands that end at multiples of this.

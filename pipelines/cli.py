@@ -93,6 +93,13 @@ def job_options(command: Command) -> Command:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="GeoJSON polygons, as QuPath exports them, outside which nothing is inferred.",
         ),
+        click.option(
+            "--blend",
+            type=click.Choice(["hann", "gaussian", "constant"]),
+            default="hann",
+            show_default=True,
+            help="Weights over a tile where dense answers overlap; gaussian is MONAI's.",
+        ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
         click.option("--num-workers", type=int, help="Threads that read tiles, for each device.  [default: measured]"),
         click.option(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pathology.errors import UsageError
 from pathology.job import Job, ReaderName
+from pathology.stitch import Blend
 from pipelines.slides import SlideEntry
 
 
@@ -23,6 +24,7 @@ class Settings:
     min_tissue: float = 0.1
     tissue: str = "otsu"
     roi: Path | None = None
+    blend: Blend = "hann"
     device: str = "auto"
     batch_size: int = 32
     readers: int | None = None
@@ -76,6 +78,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             min_tissue=settings.min_tissue,
             tissue=tissue if slide.mask is None else str(slide.mask.absolute()),
             roi=_path(settings.roi if slide.roi is None else slide.roi),
+            blend=settings.blend,
             device=device,
             batch_size=settings.batch_size,
             threads=settings.threads or 0,

@@ -30,7 +30,7 @@ from pathology.work import Work
 from tests.slides import noise_pixels
 from tests.whole import heatmap, plan_for
 
-BLENDS = st.sampled_from(["hann", "constant"])
+BLENDS = st.sampled_from(["hann", "gaussian", "constant"])
 SHAPES = st.tuples(st.integers(1, 64), st.integers(1, 64))
 CHOSEN = st.lists(st.booleans(), min_size=1, max_size=30)
 

@@ -35,7 +35,7 @@ def plans(draw: st.DrawFn) -> Plan:
     chosen = np.random.default_rng(draw(st.integers(0, 9))).random(len(tiles)) < share
     tiles = tiles[chosen]
     coverage = np.linspace(0.1, 1, len(tiles), dtype=np.float32)
-    blend = draw(st.sampled_from(["hann", "constant"]))
+    blend = draw(st.sampled_from(["hann", "gaussian", "constant"]))
     block = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     return cut(grid, output, blend, block, tiles, coverage, draw(st.floats(0, 1e3)))
 

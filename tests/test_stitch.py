@@ -14,7 +14,7 @@ from pathology.geometry import Box
 from pathology.stitch import Blend, Canvas, bands, blend_window, canvas_bytes
 
 NAN = np.nan
-BLENDS = st.sampled_from(["hann", "constant"])
+BLENDS = st.sampled_from(["hann", "gaussian", "constant"])
 
 
 def test_hann_window_by_hand() -> None:
@@ -26,6 +26,18 @@ def test_hann_window_by_hand() -> None:
         [a * a, 0.125, 0.125, a * a],
     ]
     np.testing.assert_allclose(blend_window(4, "hann"), expected, rtol=1e-6)
+
+
+def test_gaussian_window_by_hand() -> None:
+    far, near = np.exp(-(1.5**2) / (2 * 0.5**2)), np.exp(-(0.5**2) / (2 * 0.5**2))
+    least = 1e-3  # far * far is below it
+    expected = [
+        [least, far * near, far * near, least],
+        [far * near, near * near, near * near, far * near],
+        [far * near, near * near, near * near, far * near],
+        [least, far * near, far * near, least],
+    ]
+    np.testing.assert_allclose(blend_window(4, "gaussian"), expected, rtol=1e-6)
 
 
 def test_constant_window_by_hand() -> None:
@@ -42,7 +54,7 @@ def test_weights_are_above_zero_everywhere(side: int, blend: Blend) -> None:
 
 
 def test_an_unknown_blend_is_refused() -> None:
-    with pytest.raises(UsageError, match="blend 'cosine' is unknown; use hann or constant"):
+    with pytest.raises(UsageError, match="blend 'cosine' is unknown; use hann, gaussian or constant"):
         blend_window(4, "cosine")  # type: ignore[arg-type]
 
 
