@@ -131,7 +131,7 @@ def _polygons(path: Path, info: SlideInfo) -> Iterator[list[Ring]]:
                 if not rings or not all(len(ring) >= 3 and np.isfinite(ring).all() for ring in rings):
                     raise ValueError("a ring needs three points")
                 yield rings
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise _bad(path, f"a polygon is not understood ({error})") from error
 
 
@@ -151,7 +151,7 @@ def _geometries(content: Any) -> Iterator[dict[str, Any]]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(path, f"it is no GeoJSON ({error})") from error
 
 

@@ -31,6 +31,11 @@ class PathologyError(Exception):
     """Base of all errors raised on purpose. The message says what, the value, and the remedy, in one line."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What `error` says, in a line of at most `most` characters; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class UsageError(PathologyError, ValueError):
     """The request makes no sense as stated: an option, a slide list, a refusal to mix results (exit code 2)."""
 

@@ -33,7 +33,7 @@ def infer_region(
 
     Raises SlideError(BAD_SCORES) where the model answers NaN or infinity: it must not spread into its neighbours.
     """
-    canvas = Canvas(region.box, len(spec.classes), blend_window(spec.output_px, plan.blend))
+    canvas = Canvas(region.box, len(spec.classes), blend_window(spec.output_px, plan.blend, spec.margin_px))
     asked: deque[Tile] = deque()  # tiles that the model was given and has not answered: it takes them ahead
 
     def readable() -> Iterator[NDArray[np.uint8]]:

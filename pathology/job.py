@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology.errors import UsageError
+from pathology.model import ModelSpec
 from pathology.stitch import Blend
 
 SCHEMA = 1
@@ -90,14 +92,21 @@ class Job:
         if self.threads < 0:
             raise UsageError(f"{self.threads} torch threads: use 1 or more, or 0 to have them measured")
 
-    def stride_px(self, tile_px: int) -> int:
-        """Grid px between neighbouring tiles for this overlap."""
+    def stride_px(self, spec: ModelSpec) -> int:
+        """Grid px between neighbouring tiles for this overlap. UsageError where it does not fit the model."""
+        tile_px = spec.tile_px
         overlap = self.overlap if self.overlap >= 1 else self.overlap * tile_px
         stride = tile_px - round(overlap)
         if not 1 <= stride <= tile_px:
             raise UsageError(
                 f"overlap {self.overlap:g} does not fit a tile of {tile_px} px; "
                 f"use a share below 1 or a number of pixels below {tile_px}"
+            )
+        margins = math.ceil(2 * spec.margin_px * tile_px / spec.output_px)
+        if tile_px - stride < margins:
+            raise UsageError(
+                f"model {spec.name} has margins of {margins} px in all, which neighbours must cover; "
+                f"use --overlap {margins} or more"
             )
         return stride
 

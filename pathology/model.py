@@ -41,6 +41,7 @@ class ModelSpec:
     tile_px      side of a tile in pixels at `mpp`
     input_px     side of the array the model is given, in pixels (= tile_px unless the model resizes)
     output_px    side of its answer per tile: 1 for a tile classifier, up to tile_px for a dense map
+    margin_px    pixels from the edges of a dense answer that count only where no other tile answers: where padding is seen
     scores       "probability" (0..1, columns `prob_<class>`) or "value" (any number, columns `<class>`)
     units        of a value, for people ("nuclei per mm2"); "" for probabilities
     threshold    a class counts as present at or above this score, one number per class
@@ -62,6 +63,7 @@ class ModelSpec:
     colors: tuple[str, ...] = ()
     display: tuple[float, float] = (0.0, 1.0)
     read: ReadRule = ReadRule()
+    margin_px: int = 0
 
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
@@ -72,6 +74,11 @@ class ModelSpec:
             raise ModelError(
                 f"model {self.name}: tile {self.tile_px}, input {self.input_px}, output {self.output_px} px do not fit; "
                 "all must be at least 1 and the output no larger than the tile"
+            )
+        if not 0 <= 2 * self.margin_px < self.output_px:
+            raise ModelError(
+                f"model {self.name}: margin {self.margin_px} px leaves nothing of an answer of {self.output_px} px; "
+                "make it smaller"
             )
         for field in ("threshold", "colors"):
             values = getattr(self, field)

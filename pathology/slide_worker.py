@@ -209,7 +209,7 @@ def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
 
 
 def _grid(job: Job, slide: Slide, spec: ModelSpec) -> TileGrid:
-    return TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec.tile_px))
+    return TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec))
 
 
 def _tiled(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
@@ -259,9 +259,9 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "fast_decode": job.fast_decode,
         "reader": slide.info.reader.split()[0],
         "model": spec.sha256,
-        "card": key_of(asdict(spec)),
+        "card": key_of({name: value for name, value in asdict(spec).items() if name != "margin_px" or value}),
         "tile_px": spec.tile_px,
-        "stride_px": job.stride_px(spec.tile_px),
+        "stride_px": job.stride_px(spec),
         **_area(job).fields(),
         "min_tissue": job.min_tissue,
         "blend": job.blend if spec.output_px > 1 else "none",

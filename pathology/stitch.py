@@ -24,13 +24,24 @@ Blend = Literal["hann", "gaussian", "constant"]
 GAUSSIAN_SIGMA, GAUSSIAN_LEAST = 0.125, 1e-3
 
 
-def blend_window(side: int, blend: Blend) -> NDArray[np.float32]:
+# Weight of a margin: nothing beside the least weight elsewhere (about 1e-12, in the corners of a large Hann window), and enough
+# where there is nothing else.
+MARGIN_WEIGHT = 1e-24
+
+
+def blend_window(side: int, blend: Blend, margin: int = 0) -> NDArray[np.float32]:
     """(side, side) float32 weights > 0 for one tile's answer.
+
+    margin  pixels from the edges in which an answer counts only where no tile answers with its inner part
 
     "hann" falls off towards the edges as sin^2, sampled at pixel centres, so it is nowhere 0 and a pixel that only
     a tile's edge reaches still gets that tile's value. "gaussian" is MONAI's importance map of that name: a deviation of an
     eighth of the side, no weight below a thousandth. "constant" is the plain mean.
     """
+    if margin:
+        window = np.full((side, side), MARGIN_WEIGHT, np.float32)
+        window[margin:-margin, margin:-margin] = blend_window(side - 2 * margin, blend)
+        return window
     if blend == "constant":
         return np.ones((side, side), np.float32)
     if blend == "hann":

@@ -70,7 +70,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     devices = device_count(device) if device == "cuda" else 1
     jobs = make_jobs(slides, models, settings, device)
     for job in jobs:
-        job.stride_px(specs[job.model].tile_px)
+        job.stride_px(specs[job.model])
     out = settings.out
     with _lock(out), _stop_on_signals() as stop:
         emit(out, "run-begin", {"jobs": len(jobs), "device": device})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pathology.errors import UsageError
+from pathology.errors import ModelError, PathologyError, UsageError, one_line
 from pathology.model import Model, ModelSpec
 from pathology.predictor import predict_in_order
 from pathology.resample import reduced
@@ -44,7 +44,16 @@ def compare(model: Model, folder: Path, expected: Path) -> list[Difference]:
         raise UsageError(f"model {spec.name} answers maps; tiles can be compared for models with a score per tile and class")
     names, wanted = _read_table(expected, spec)
     tiles = (_read_tile(folder / name, spec) for name in names)
-    scores = np.stack([answer[:, 0, 0] for answer in predict_in_order(model, min(BATCH, len(names)), tiles)])
+    try:
+        scores = np.stack([answer[:, 0, 0] for answer in predict_in_order(model, min(BATCH, len(names)), tiles)])
+    except PathologyError:
+        raise
+    except Exception as error:  # a model's own code
+        raise ModelError(f"model {spec.name} failed: {type(error).__name__}: {one_line(error)}") from error
+    if not np.isfinite(scores).all():
+        raise ModelError(
+            f"model {spec.name} answered NaN or infinity for {names[int(np.argmin(np.isfinite(scores).all(axis=1)))]}"
+        )
     worst = np.abs(scores - wanted).argmax(axis=1)
     return [
         Difference(name, spec.columns()[at], float(row[at]), float(got[at]))
@@ -72,6 +81,8 @@ def _read_table(path: Path, spec: ModelSpec) -> tuple[list[str], NDArray[np.floa
         raise UsageError(f"{path}: {error}; give a number for each class") from error
     if not np.isfinite(scores).all():
         raise UsageError(f"{path} holds a score that is no finite number")
+    if not all(row[TILE_COLUMN] for row in rows):
+        raise UsageError(f"{path} has a row without a tile; give each one's file name")
     return [row[TILE_COLUMN] for row in rows], scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +48,10 @@ def models(context: click.Context) -> None:
     help="What makes scores of its answers.  [default: softmax; sigmoid for one class]",
 )
 @click.option("--output-px", type=int, default=0, help="Side of the map it answers, for a network with an answer per pixel.")
+@click.option(
+    "--margin-px", type=int, default=0, help="Pixels from that map's edges that count only where no tile else answers."
+)
+@click.option("--prefix", help="What stands before the names of the weights that are meant, where there are several networks.")
 @click.option("-o", "--out", "folder", type=click.Path(path_type=Path), required=True, help="The model's folder, and its name.")
 @one_line_errors
 def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
@@ -58,6 +63,10 @@ def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
     from pathology.models.checkpoint import Wanted, make_folder
 
     classes = [name.strip() for name in options["classes"].split(",")]
+    if not all(name.isprintable() for name in classes):
+        raise UsageError(f"--classes {printable(options['classes'])!r}: a name holds a character that cannot be printed")
+    if not 0.05 <= options["mpp"] <= 100:
+        raise UsageError(f"--mpp {options['mpp']}: give um per pixel, from 0.05 to 100")
     mean, std = _normalization(options["normalize"])
     wanted = Wanted(
         architecture=options["architecture"],
@@ -69,6 +78,8 @@ def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
         std=std,
         activation=cast("Activation", options["activation"] or ("softmax" if len(classes) > 1 else "sigmoid")),
         output_px=options["output_px"],
+        margin_px=options["margin_px"],
+        prefix=options["prefix"],
     )
     made = make_folder(checkpoint, folder, wanted)
     click.echo(f"made {made.name} in {printable(made.folder)}: {made.weights} weights")
@@ -119,6 +130,8 @@ def models_check(model: str, tiles: Path, expected: Path, tolerance: float, devi
     from pathology.models import load_model
     from pipelines.compare import compare
 
+    if not 0 <= tolerance < math.inf:
+        raise UsageError(f"--tolerance {tolerance}: give a number from 0 on")
     differences = sorted(compare(load_model(model, choose_device(device)), tiles, expected), key=lambda d: d.size, reverse=True)
     for difference in differences[:SHOWN]:
         click.echo(
@@ -141,7 +154,7 @@ def _normalization(text: str) -> tuple[Colour, Colour]:
         mean, std = ([float(v) for v in part.split(",")] for part in text.split("/"))
     except ValueError:
         mean, std = [], []
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
         known = ", ".join(NORMALIZATIONS)
         raise UsageError(
             f"--normalize {text}: use {known}, or three means and three deviations above 0: 0.7,0.6,0.7/0.2,0.2,0.2"

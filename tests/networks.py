@@ -21,6 +21,13 @@ class Small(nn.Module):
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Fails(Small):
+    """Fails whatever it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (1 // 0)
+
+
 class Pixels(nn.Module):
     """Answers its input's colours: a map of three classes."""
 

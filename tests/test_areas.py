@@ -169,6 +169,12 @@ def test_all_but_black_is_tissue(tmp_path: Path, info: SlideInfo, mode: str) -> 
         ("a.geojson", b'{"type": "Polygon", "coordinates": [[[1, 2], [3, "x"], [1, 1]]]}', "a polygon is not understood"),
         ("a.geojson", b'{"type": "Polygon", "coordinates": [[[1, 2], [3, NaN], [1, 1]]]}', "a polygon is not understood"),
         ("a.geojson", b"\xff\xfe", "it is no GeoJSON"),
+        ("a.geojson", b"[" * 100_000, "it is no GeoJSON"),
+        (
+            "a.geojson",
+            b'{"type": "Polygon", "coordinates": [[[1, 2], [' + b"9" * 400 + b", 1], [1, 1]]]}",
+            "a polygon is not understood",
+        ),
         ("m.png", b"nothing", "it is no picture that can be read"),
     ],
 )

@@ -286,6 +286,7 @@ def test_the_shipped_schema_takes_the_cards_that_are_made(tmp_path: Path) -> Non
         ({"output": {"output_px": 4}}, "output.output_px is for kind map"),
         ({"weights": {"file": "../weights.safetensors"}}, r"weights.file must match pattern"),
         ({"weights": {"architecture": None}}, "weights must contain .*'architecture'"),
+        ({"input": {"mean": [float("inf"), 0, 0]}}, "a number is NaN or infinite"),
         ({"top": {"schema": 2}}, "has schema 2, this program knows 1; update the program"),
     ],
 )
@@ -368,18 +369,25 @@ def test_what_runs_code_is_not_looked_into_before_it_is_trusted(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("architecture", ["tests.networks:small", "os:system"])
-def test_a_function_named_by_a_card_is_called_only_when_the_card_is_trusted(tmp_path: Path, architecture: str) -> None:
-    arguments = {"command": f"mkdir {tmp_path / 'ran'}"} if architecture == "os:system" else {}
-    folder = folder_of(tmp_path / "m", weights={"architecture": architecture, "arguments": arguments})
+def test_a_function_named_by_a_card_is_called_only_when_the_card_is_trusted(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", weights={"architecture": "tests.networks:small"})
     with pytest.raises(ModelError, match=r"model\.toml in .* runs code when it is loaded and is not trusted yet"):
         load_model(str(folder))
-    assert not (tmp_path / "ran").exists()
-    if architecture != "os:system":
-        warm_up(load_model(str(trusted(folder, CARD))), 2)
-        (folder / CARD).write_text((folder / CARD).read_text() + "\n# changed\n")
-        with pytest.raises(ModelError, match="is not the file you trusted"):
-            load_model(str(folder))
+    warm_up(load_model(str(trusted(folder, CARD))), 2)
+    (folder / CARD).write_text((folder / CARD).read_text() + "\n# changed\n")
+    with pytest.raises(ModelError, match="is not the file you trusted"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("architecture", ["os:system", "unittest.__main__:x", "antigravity:x", "pip.__main__:x"])
+def test_modules_that_hold_no_networks_are_not_even_imported(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "m", weights={"architecture": architecture})
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} imported"))
+    for use in (load_model, add_model):
+        with pytest.raises(ModelError, match=r"holds no networks; name a torch\.nn\.Module of an installed package"):
+            use(str(folder))
 
 
 def broken(state: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | None) -> bytes:
@@ -456,6 +464,18 @@ def test_a_checkpoint_becomes_a_model(tmp_path: Path, prefix: str, key: str | No
     np.testing.assert_allclose(load_model("mine")(tiles()), expected_scores(seeded(), tiles()), atol=1e-6)
 
 
+def test_a_map_is_made_with_its_side_and_margin(tmp_path: Path) -> None:
+    torch.save({"gain": torch.ones(1)}, tmp_path / "c.pt")
+    more = ["--arch", "tests.networks:Pixels", "--classes", "r,g,b", "--normalize", "none", "--activation", "none"]
+    result = init(tmp_path / "c.pt", tmp_path / "mine", *more, "--output-px", "32", "--margin-px", "3")
+    assert result.exit_code == 0, result.output
+    spec = load_spec("mine")
+    assert (spec.output_px, spec.margin_px, spec.scores) == (32, 3, "value")
+    result = init(tmp_path / "c.pt", tmp_path / "other", *more, "--output-px", "32", "--margin-px", "16")
+    assert "margin 16 px leaves nothing of an answer of 32 px" in result.output
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_not_the_networks_is_left_out_and_told(tmp_path: Path) -> None:
     state = {f"net.{name}": tensor for name, tensor in seeded().state_dict().items()}
     torch.save({"state_dict": {**state, "loss.weight": torch.ones(2), "net.aux.bias": torch.ones(1)}}, tmp_path / "c.ckpt")
@@ -490,6 +510,67 @@ def test_a_truncated_or_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert message in result.output
         assert len(result.output.strip().splitlines()) == 1
+
+
+def test_of_several_networks_in_a_checkpoint_one_has_to_be_named(tmp_path: Path) -> None:
+    mine, other = seeded().state_dict(), Small().state_dict()
+    both = {**{f"model.{k}": v for k, v in mine.items()}, **{f"ema.{k}": v for k, v in other.items()}}
+    torch.save({"state_dict": both}, tmp_path / "c.ckpt")
+    result = init(tmp_path / "c.ckpt", tmp_path / "mine")
+    assert result.exit_code == 2
+    assert "c.ckpt holds several networks that fit: model., ema.; say which is meant: --prefix model." in result.output
+    assert init(tmp_path / "c.ckpt", tmp_path / "mine", "--prefix", "model.").exit_code == 0
+    np.testing.assert_allclose(load_model("mine")(tiles()), expected_scores(seeded(), tiles()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.int32), "another kind of number: head.bias torch.int32 for torch.float32"),
+        (lambda t: t.to(torch.complex64), "another kind of number: head.bias torch.complex64 for torch.float32"),
+        (lambda t: t.double() + 1e300, "holds NaN or infinity in head.bias"),
+        (lambda t: t.to_sparse(), "holds no weights"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    state = seeded().state_dict()
+    torch.save({**state, "head.bias": change(state["head.bias"])}, tmp_path / "c.pt")
+    result = init(tmp_path / "c.pt", tmp_path / "mine")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_weights_in_float8_are_weights(tmp_path: Path) -> None:
+    state = {key: t.to(torch.float8_e4m3fn) if key == "head.bias" else t for key, t in seeded().state_dict().items()}
+    torch.save(state, tmp_path / "c.pt")
+    assert init(tmp_path / "c.pt", tmp_path / "mine").exit_code == 0
+
+
+def test_what_is_wrong_around_a_checkpoint_is_one_line_and_leaves_nothing(tmp_path: Path, own_home: Path) -> None:
+    torch.save(seeded().state_dict(), tmp_path / "c.pt")
+    (tmp_path / "file").touch()
+    for folder, more, message in (
+        (tmp_path / "no" / "such" / "mine", [], "no/such is no folder; make it first"),
+        (tmp_path / "file" / "mine", [], "file is no folder"),
+        (tmp_path / "mine", ["--mpp", "nan"], "--mpp nan: give um per pixel"),
+        (tmp_path / "mine", ["--normalize", "nan,0,0/1,1,1"], "--normalize nan"),
+        (tmp_path / "mine", ["--classes", "a\x7f,b"], "cannot be printed"),
+        (tmp_path / "mine", ["--arch", "tests.networks:Fails"], "failed on made-up tiles: ZeroDivisionError: integer division"),
+    ):
+        result = init(tmp_path / "c.pt", folder, *more)
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+        assert len(result.output.strip().splitlines()) == 1
+        assert not (tmp_path / "no").exists()
+        assert not (tmp_path / "mine").exists()
+    own_home.mkdir(exist_ok=True)
+    (own_home / "models.json").write_text("{broken")
+    result = init(tmp_path / "c.pt", tmp_path / "mine")
+    assert "is damaged" in result.output
+    assert not (tmp_path / "mine").exists()
 
 
 def test_nothing_is_left_of_a_model_that_does_not_answer_as_said(tmp_path: Path) -> None:
@@ -593,6 +674,19 @@ def test_equal_scores_are_within_and_others_are_named(made: Path) -> None:
     assert result.output.startswith("2.5e-01  2.png  prob_a ")
     assert "largest difference 2.5e-01: NOT within 0.0001" in result.output
     assert check(made, "--tolerance", "0.3").exit_code == 0
+    assert check(made, "--tolerance", "nan").exit_code == 2
+
+
+def test_scores_that_are_no_numbers_never_pass(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("mine")
+
+    def broken(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.full((len(batch), 2, 1, 1), np.nan, np.float32)
+
+    monkeypatch.setattr(type(model), "__call__", lambda _, batch: broken(batch))
+    result = check(made)
+    assert result.exit_code == 2
+    assert "model mine answered NaN or infinity for 0.png" in result.output
 
 
 @pytest.mark.parametrize(

@@ -6,28 +6,33 @@ import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import nn
 
+from pathology import open_slide
 from pathology.batches import ReadPool, read_tiles, tiles_ahead
-from pathology.errors import Reason, SlideError
+from pathology.errors import ModelError, Reason, SlideError, UsageError
 from pathology.geometry import Box
 from pathology.infer import Tile, infer_region
+from pathology.job import Job
 from pathology.memory import memory_bound
 from pathology.model import ModelSpec
+from pathology.models.network import TorchNetwork
 from pathology.plan import Plan
 from pathology.predictor import Predictor, predict_in_order
 from pathology.stitch import Blend
 from pathology.testing import array_slide, constant, identity, mean_colour
 from pathology.work import Work
-from tests.slides import noise_pixels
+from tests.slides import noise_pixels, smooth_pixels, write_tiff
 from tests.whole import heatmap, plan_for
 
 BLENDS = st.sampled_from(["hann", "gaussian", "constant"])
@@ -136,6 +141,49 @@ def test_a_classifier_is_a_dense_model_of_one_pixel() -> None:
     small, dense = identity(tile_px=32, mpp=1.0, output_px=1), mean_colour(tile_px=32, mpp=1.0)
     heatmaps = [heatmap(slide, model, plan_for(slide, model.spec, 8, block=2)) for model in (small, dense)]
     assert heatmaps[0].tobytes() == heatmaps[1].tobytes()
+
+
+class Padded(nn.Module):
+    """Two 5 x 5 convolutions that pad with zeros: four pixels from a tile's edge its answers depend on the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 2, 5, padding=2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("blend", ["hann", "gaussian", "constant"])
+@pytest.mark.parametrize("overlap", [8, 16, 32])
+def test_with_its_margin_a_network_answers_tiles_as_the_whole_image(tmp_path: Path, blend: Blend, overlap: int) -> None:
+    torch.manual_seed(0)
+    network, margin, side = Padded().eval(), 4, 48
+    pixels = smooth_pixels(230, 310)
+    with torch.inference_mode():
+        whole = network(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0].numpy()
+    differences = {}
+    for discarded in (0, margin):
+        card = ModelSpec("padded", "0", ("a", "b"), 0.5, side, side, side, scores="value", margin_px=discarded)
+        with open_slide(write_tiff(tmp_path / "s.tiff", [pixels])) as slide:
+            ours = heatmap(slide, TorchNetwork(card, network), plan_for(slide, card, side - overlap, block=3, blend=blend))
+        assert ours.shape == whole.shape
+        assert np.isfinite(ours).all()  # at the slide's edge there is nothing but margins
+        inner = (slice(None), slice(margin, -margin), slice(margin, -margin))
+        differences[discarded] = float(np.abs(ours[inner] - whole[inner]).max())
+    assert differences[margin] < 1e-5 < 1e-3 < differences[0]
+
+
+def test_an_overlap_that_does_not_cover_the_margins_is_refused() -> None:
+    card = ModelSpec("padded", "0", ("a",), 0.5, 64, 64, 32, margin_px=3)
+    job = Job(slide="s", slide_id="s", root="s", model="m", out="o", overlap=11)
+    with pytest.raises(
+        UsageError, match=r"padded has margins of 12 px in all, which neighbours must cover; use --overlap 12 or more"
+    ):
+        job.stride_px(card)
+    assert replace(job, overlap=12).stride_px(card) == 52
+    with pytest.raises(ModelError, match="margin 16 px leaves nothing of an answer of 32 px"):
+        replace(card, margin_px=16)
 
 
 def test_dense_answers_smaller_than_the_tile() -> None:

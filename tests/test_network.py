@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pathology import device
 from pathology.errors import EnvironmentFault, ModelError, UsageError
 from pathology.model import Model, ModelSpec, QueuedModel
 from pathology.models import pieces
-from pathology.models.fold import fold_norms
+from pathology.models.fold import folded
 from pathology.models.network import QueuedNetwork, TorchNetwork, halve
 
 SIDE, CLASSES = 24, 3
@@ -103,20 +104,68 @@ def test_pieces_are_alike_and_no_larger_than_stated(batch_size: int, tile_px: in
     assert pieces.piece_tiles(batch_size, tile_px) == tiles
 
 
-def test_threads_that_no_piece_needs_are_shared_among_the_pieces(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, int] = {}
-    net.register_forward_pre_hook(lambda *_: seen.update({threading.current_thread().name: torch.get_num_threads()}))
+class Counting(nn.Module):
+    """Notes how many threads each of its callers has."""
+
+    seen: ClassVar[dict[str, int]] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen[threading.current_thread().name] = torch.get_num_threads()
+        return x.mean((2, 3))
+
+
+def test_threads_that_no_piece_needs_are_shared_among_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_PX", 2 * SIDE**2)
-    model, before = TorchNetwork(spec(), net), torch.get_num_threads()
+    model, before = TorchNetwork(spec(), Counting()), torch.get_num_threads()
     try:
         for threads, expected in ((1, [1]), (2, [1, 1]), (5, [2, 2])):
             monkeypatch.setattr(device, "_threads", threads)
-            seen.clear()
+            Counting.seen.clear()
             for _ in range(20):  # so that no thread is left without a piece by chance
                 model(noise(4))
-            assert list(seen.values()) == expected
+            assert list(Counting.seen.values()) == expected
     finally:
         torch.set_num_threads(before)
+
+
+class Remembers(nn.Module):
+    """Keeps a piece's mean in the module, and looks at it again a little later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, CLASSES)
+        self.kept = torch.zeros(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = x.mean((2, 3))
+        for _ in range(50):
+            x = x.sin()
+        return self.head(self.kept)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["module", "script", "hook", "uncopied"])
+def test_pieces_of_a_network_that_keeps_things_do_not_mix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_PX", SIDE**2)
+    monkeypatch.setattr(device, "_threads", 4)
+    torch.manual_seed(0)
+    network: nn.Module = Remembers().eval()
+    tiles = noise(16)
+    expected = by_hand(network, tiles).numpy()[:, :, None, None]
+    made: nn.Module = scripted(network) if kind == "script" else network
+    if kind == "hook":
+        kept: list[torch.Tensor] = []
+        made = nn.Sequential(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(1), copy.deepcopy(network.head))
+        made[2].register_forward_hook(lambda _, __, answer: kept.append(answer))
+        made[3].register_forward_pre_hook(lambda _, __: (time.sleep(0.002), kept.pop(0))[1])
+    elif kind == "uncopied":
+        made.lock = threading.Lock()  # type: ignore[assignment]
+    model = TorchNetwork(spec(), made, mean=MEAN, std=STD)
+    for _ in range(5):
+        np.testing.assert_allclose(model(tiles), expected, atol=1e-5)
+    if kind == "module":
+        copies = {id(model._network_here())}
+        assert copies  # the weights of a copy are the network's own
+        assert model._network_here().head.weight is model._network.head.weight
 
 
 # Norms folded into convolutions
@@ -124,8 +173,8 @@ def test_threads_that_no_piece_needs_are_shared_among_the_pieces(net: Net, monke
 
 def test_norms_are_folded_and_scores_stay(net: Net) -> None:
     given(net.norm)
-    model = TorchNetwork(spec(), folded := copy.deepcopy(net), mean=MEAN, std=STD)
-    assert isinstance(folded.norm, nn.Identity)
+    model = TorchNetwork(spec(), copy.deepcopy(net), mean=MEAN, std=STD)
+    assert isinstance(model._network.norm, nn.Identity)
     expected = by_hand(net, noise(4)).numpy()[:, :, None, None]
     np.testing.assert_allclose(model(noise(4)), expected, atol=1e-5)
     assert isinstance(net.norm, nn.BatchNorm2d)
@@ -175,17 +224,108 @@ class Listened(Twice):
         return self.norm(self.conv(x))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [Twice, Again, Weighs, Decides, Listened])
+class Looks(Twice):
+    """It treats norms in a way of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.conv, self.norm):
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = torch.relu(x)
+        return x
+
+
+class Aside(Twice):
+    """It calls its convolution through a list, where no module is looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [self.conv]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layers[0](x))  # type: ignore[no-any-return]
+
+
+class Alias(Twice):
+    """Its convolution has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(self.conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.stem(x))  # type: ignore[no-any-return]
+
+
+class Biased(Twice):
+    """What it does depends on whether the convolution has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CLASSES, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.conv(x))
+        return y if self.conv.bias is None else -y  # type: ignore[no-any-return]
+
+
+class Reads(Twice):
+    """It reads the norm's statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) * self.norm.num_features  # type: ignore[no-any-return]
+
+
+class Collects(Twice):
+    """It keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return self.norm(self.conv(self.seen[0]))  # type: ignore[no-any-return]
+
+
+class Trains(Twice):
+    """Its norm stays in training mode."""
+
+    def train(self, mode: bool = True) -> Trains:
+        super().train(mode)
+        self.norm.train()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))  # type: ignore[no-any-return]
+
+
+class Patched(Twice):
+    """Its norm does more than a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain = self.norm.forward
+        self.norm.forward = lambda x: plain(x).relu()  # type: ignore[method-assign]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "kind", [Twice, Again, Weighs, Decides, Listened, Looks, Aside, Alias, Biased, Reads, Collects, Trains, Patched]
+)
 def test_a_norm_is_left_where_folding_would_change_more_than_last_bits(kind: type[Twice]) -> None:
     torch.manual_seed(2)
     network = kind().eval()
     given(network.norm)
     tiles = torch.rand(2, 3, SIDE, SIDE)
-    with torch.inference_mode():
-        expected = network(tiles)
-    assert fold_norms(network) == 0
-    with torch.inference_mode():
-        assert torch.equal(network(tiles), expected)
+    untouched = copy.deepcopy(network.state_dict())
+    assert folded(network, tiles) is network
+    assert all(torch.equal(value, untouched[key]) for key, value in network.state_dict().items() if "running" not in key)
+    assert isinstance(network.norm, nn.BatchNorm2d)
+    answer = network(tiles)
+    assert isinstance(answer, torch.Tensor)
 
 
 def given(norm: nn.Module) -> None:
@@ -216,8 +356,9 @@ def test_every_grey_level_of_every_channel_is_normalised_as_stated() -> None:
 
 def test_the_network_is_given_channels_last_without_a_copy_each_time(net: Net) -> None:
     seen: list[torch.Tensor] = []
-    model = TorchNetwork(spec(), net)
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model = TorchNetwork(spec(), net)
+    seen.clear()  # what folding was tried on
     for seed in range(3):
         model(noise(2, seed))
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

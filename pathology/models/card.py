@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(v)}" for key, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if value != value else f"{value}"  # inf, -inf
     return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and booleans are written as JSON's
 
 
@@ -100,6 +103,7 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         threshold=thresholds,
         colors=colors if all(colors) else (),
         display=tuple(float(v) for v in answer.get("display", (0, 1))),  # type: ignore[arg-type]  # two, by the schema
+        margin_px=answer.get("margin_px", 0),
         read=ReadRule(given.get("level", "best"), given.get("margin", True), given.get("filter", "area")),
     )
     return Card(
@@ -121,11 +125,15 @@ def _refusal(content: Mapping[str, Any]) -> str:
         _validate()(content)
     except fastjsonschema.JsonSchemaException as error:
         return str(error).replace("data.", "", 1).replace("data ", "the card ", 1)
+    numbers = (*content["input"].get("mean", ()), *content["input"].get("std", ()), *content["output"].get("display", ()))
+    if not all(math.isfinite(n) for n in (*numbers, *(c.get("threshold", 0) for c in content["output"]["classes"]))):
+        return "a number is NaN or infinite"
     colors = [c for c in content["output"]["classes"] if "color" in c]
     if colors and len(colors) < len(content["output"]["classes"]):
         return "some of output.classes have a color and some have none"
-    if "output_px" in content["output"] and content["output"]["kind"] != "map":
-        return "output.output_px is for kind map"
+    for name in ("output_px", "margin_px"):
+        if name in content["output"] and content["output"]["kind"] != "map":
+            return f"output.{name} is for kind map"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pathology.errors import ModelError
 from pathology.models import folder as folders
 from pathology.models.card import CARD, Activation, Colour, Weights, read_card, toml_value
 from pathology.models.checks import warm_up
-from pathology.models.trust import checked_name, forget, register
+from pathology.models.trust import checked_name, entries, forget, register
 from pathology.models.weights import check_finite, common_prefix, fill, read_checkpoint
 
 WEIGHTS = "weights.safetensors"
@@ -29,6 +30,8 @@ class Wanted:
     """What the user says of a checkpoint; the fields of a card.
 
     output_px  side of a map's answer; 0: a score per tile
+    margin_px  of a map, from its edges, that counts only where nothing else does
+    prefix     what stands before the network's names in the checkpoint; None: found
     """
 
     architecture: str
@@ -40,6 +43,8 @@ class Wanted:
     std: Colour
     activation: Activation
     output_px: int = 0
+    margin_px: int = 0
+    prefix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +66,18 @@ def make_folder(checkpoint: Path, folder: Path, wanted: Wanted) -> Made:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} exists already; name another folder, or remove it")
+    if not folder.absolute().parent.is_dir():
+        raise ModelError(f"{folder} cannot be made: {folder.absolute().parent} is no folder; make it first")
+    entries()  # a registry that is damaged is told of before anything is written
     state = read_checkpoint(checkpoint)
     network = folders.build(Weights("safetensors", WEIGHTS, "", wanted.architecture, wanted.arguments))
     own = network.state_dict()
-    prefix = common_prefix(state, own.keys())
+    prefix = common_prefix(state, own.keys(), checkpoint.name) if wanted.prefix is None else wanted.prefix
     fitting = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     kept = {key: tensor for key, tensor in fitting.items() if key in own}
     left_out = tuple(key for key in state if not key.startswith(prefix) or key.removeprefix(prefix) not in own)
     fill(network, kept, checkpoint.name)
-    check_finite(kept, checkpoint.name)
+    check_finite(network.state_dict(), checkpoint.name)
     existed, name = folder.exists(), checked_name(None, folder.resolve())
     try:
         make_folders(folder)
@@ -80,11 +88,13 @@ def make_folder(checkpoint: Path, folder: Path, wanted: Wanted) -> Made:
         register(folder, "safetensors", (folders.runs_code(folder, card) or (folder, card.spec.sha256))[1], name)
         warm_up(folders.load(folder, "cpu"), 2)
     except BaseException:
-        forget(folder)
-        for file in (WEIGHTS, CARD):
-            (folder / file).unlink(missing_ok=True)
-        if not existed and folder.exists():
-            folder.rmdir()
+        with suppress(OSError):
+            for file in (WEIGHTS, CARD):
+                (folder / file).unlink(missing_ok=True)
+            if not existed:
+                folder.rmdir()
+        with suppress(OSError, ModelError):
+            forget(folder)
         raise
     return Made(name, folder, len(kept), prefix, left_out)
 
@@ -123,6 +133,7 @@ def _card(name: str, sha256: str, wanted: Wanted) -> str:
         "[output]",
         f"kind = {toml_value(kind)}",
         *([f"output_px = {wanted.output_px}"] if wanted.output_px else []),
+        *([f"margin_px = {wanted.margin_px}"] if wanted.margin_px else []),
         f"activation = {toml_value(wanted.activation)}",
         *(line for c in wanted.classes for line in ("", "[[output.classes]]", f"name = {toml_value(c)}", "threshold = 0.5")),
     ]

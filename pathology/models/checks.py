@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.errors import ModelError
+from pathology.errors import ModelError, PathologyError, one_line
 from pathology.model import Model, ModelSpec
 
 
@@ -31,7 +31,13 @@ def warm_up(model: Model, batch_size: int) -> None:
     noise, half are plain greys, so that a division by a tile's own contrast shows as well.
     """
     spec = model.spec
-    check_scores(spec, batch_size, scores := model(made_up_tiles(batch_size, spec.input_px)))
+    try:
+        scores = model(made_up_tiles(batch_size, spec.input_px))
+    except PathologyError:
+        raise
+    except Exception as error:  # a model's own code
+        raise ModelError(f"model {spec.name} failed on made-up tiles: {type(error).__name__}: {one_line(error)}") from error
+    check_scores(spec, batch_size, scores)
     if not np.isfinite(scores).all():
         raise ModelError(f"model {spec.name} answered NaN or infinity for a made-up tile; correct the model")
     if spec.scores == "probability" and (scores.min() < 0 or scores.max() > 1):

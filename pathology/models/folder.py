@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathology.errors import ModelError
+from pathology.errors import ModelError, one_line
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models.card import CARD, Card, Weights, read_card
@@ -69,11 +70,18 @@ def runs_code(folder: Path, card: Card) -> tuple[Path, str] | None:
 def architecture(name: str) -> Callable[..., Any]:
     """What `package.module:factory` names. ModelError where it cannot be imported or called."""
     module_name, _, attribute = name.partition(":")
+    parts = module_name.split(".")
+    if parts[0] in sys.stdlib_module_names or "__main__" in parts:
+        # Importing runs a module, and a card may come from anyone: of those that every Python has, none holds a network.
+        raise ModelError(
+            f"architecture {name}: {module_name} holds no networks; name a torch.nn.Module of an installed package"
+        )
     try:
         found = getattr(importlib.import_module(module_name), attribute, None)
-    except Exception as error:  # a module runs when imported, and may raise anything
+    except (Exception, SystemExit) as error:  # a module runs when imported, and may raise anything
         raise ModelError(
-            f"architecture {name}: {module_name} cannot be imported: {error}; install its package where this program runs"
+            f"architecture {name}: {module_name} cannot be imported: {one_line(error)}; "
+            "install its package where this program runs"
         ) from error
     if not callable(found):
         raise ModelError(f"architecture {name}: {module_name} has no callable {attribute}; name a torch.nn.Module")
@@ -90,7 +98,7 @@ def build(weights: Weights) -> torch.nn.Module:
         network = factory(**weights.arguments)
     except Exception as error:  # foreign code
         raise ModelError(
-            f"architecture {weights.architecture} failed with {type(error).__name__}: {error}; correct its arguments"
+            f"architecture {weights.architecture} failed with {type(error).__name__}: {one_line(error)}; correct its arguments"
         ) from error
     if not isinstance(network, torch.nn.Module):
         raise ModelError(f"architecture {weights.architecture} made a {type(network).__name__}, no torch.nn.Module")
@@ -122,7 +130,7 @@ def _network(folder: Path, card: Card, device: str) -> torch.nn.Module:
     except ModelError:
         raise
     except Exception as error:  # of a damaged file torch raises nearly anything
-        raise ModelError(f"{name} cannot be loaded by torch ({' '.join(str(error).split())[:200]}); fetch it again") from error
+        raise ModelError(f"{name} cannot be loaded by torch ({one_line(error)}); fetch it again") from error
     check_finite(loaded.state_dict(), name)
     return loaded
 

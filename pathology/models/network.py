@@ -1,7 +1,7 @@
 """Any torch network as a model: uint8 tiles in, float32 scores out, on one device and in one precision.
 
 Promise: in fp32 the scores are those of `(tile - 255 * mean) / (255 * std)` in float32 given to the network as NCHW, then its
-activation in float32, with the bits of `fold_norms` and of batches as large as `piece_tiles`. Every model that is a torch
+activation in float32, with the bits of `folded` and of batches as large as `piece_tiles`. Every model that is a torch
 network runs through here, whatever format it was stored in.
 
 The tiles stay NHWC in memory. Seen as NCHW that is torch's channels_last, which convolutions like best; making it
@@ -21,8 +21,8 @@ from pathology.device import CudaQueues, Mark, Queues, check_precision
 from pathology.errors import EnvironmentFault, ModelError
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
-from pathology.models.fold import fold_norms
-from pathology.models.pieces import Crew, piece_tiles
+from pathology.models.fold import folded
+from pathology.models.pieces import Crew, piece_tiles, twin
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,8 @@ class TorchNetwork:
         if self._dtype is not None:
             halve(self._network, self._dtype)
         elif not self._scripted:
-            fold_norms(self._network)
+            self._network = folded(self._network, self._made_up())
+        self._alone = compile or keeps_state(self._network)
         self._compiling = compile
         if compile:
             if self._scripted:
@@ -86,6 +87,7 @@ class TorchNetwork:
         else:
             self._shift, self._scale = (v.to(self.device).view(1, 3, 1, 1) for v in (self._shift, self._scale))
         self._crew = Crew()
+        self._copying = threading.Lock()
         self._own = threading.local()
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -103,9 +105,7 @@ class TorchNetwork:
                 scores[first : first + size] = self._forward(self._normalised(tiles[first : first + size])).numpy()
 
         firsts = range(0, len(tiles), size)
-        if self._compiling:
-            self._crew.run(compute, firsts[:1])
-        self._crew.run(compute, firsts)
+        self._crew.run(compute, firsts, self._alone)
         return scores
 
     def scores(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ class TorchNetwork:
 
         try:
             with self._autocast(), self._as_it_is():
-                logits = self._network(batch)
+                logits = self._network_here()(batch)
         except torch.OutOfMemoryError as error:
             raise EnvironmentFault(
                 f"model {self.spec.name}: {self.device} has no memory for a batch of {len(batch)} tiles; "
@@ -165,6 +165,25 @@ class TorchNetwork:
         elif self._activation == "sigmoid":
             scores = scores.sigmoid()
         return scores.view(count, classes, side, side)
+
+    def _network_here(self) -> Any:
+        """The network for this thread: pieces are computed side by side, and a forward may keep things in its module."""
+        if self.device.type != "cpu" or self._scripted or self._alone:
+            return self._network
+        mine = getattr(self._own, "network", None)
+        if mine is None:
+            with self._copying:
+                mine = self._own.network = twin(self._network)
+        return mine
+
+    def _made_up(self) -> torch.Tensor:
+        """(1, 3, input_px, input_px) float32 on the device: noise on a ramp."""
+        import torch
+
+        shape = (1, 3, self.spec.input_px, self.spec.input_px)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        tile = noise + torch.linspace(-2, 2, noise.numel()).view(shape)
+        return tile.to(self.device).contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         import torch
@@ -277,6 +296,21 @@ def halve(network: torch.nn.Module, dtype: torch.dtype) -> None:
         if kind in HALVED:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
+
+
+def keeps_state(network: torch.nn.Module) -> bool:
+    """Whether pieces of a batch must not be computed side by side: a script sets attributes, somebody listens, or no copies."""
+    import torch
+
+    if isinstance(network, torch.jit.ScriptModule):
+        return bool(network.inlined_graph.findAllNodes("prim::SetAttr", True))  # type: ignore[attr-defined]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        return True
+    try:
+        twin(network)
+    except Exception:  # whatever its author keeps in it
+        return True
+    return False
 
 
 def _array(scores: torch.Tensor) -> NDArray[np.float32]:

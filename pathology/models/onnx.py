@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pathology.errors import ModelError
+from pathology.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,7 @@ def onnx_module(data: bytes, name: str) -> torch.nn.Module:
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for each way to fail
-        raise ModelError(
-            f"{name} cannot be loaded by onnxruntime: {' '.join(str(error).split())[:300]}; fetch it again"
-        ) from error
+        raise ModelError(f"{name} cannot be loaded by onnxruntime: {one_line(error)}; fetch it again") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise ModelError(
@@ -45,6 +43,8 @@ def onnx_module(data: bytes, name: str) -> torch.nn.Module:
     shape, kind, wanted = inputs[0].shape, inputs[0].type, inputs[0].name
     if kind != "tensor(float)" or len(shape) != 4 or (shape[1] not in (3, None) and not isinstance(shape[1], str)):
         raise ModelError(f"{name} takes {kind} {shape}; a model takes float32 pictures (batch, 3, height, width)")
+    if outputs[0].type not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+        raise ModelError(f"{name} answers {outputs[0].type}; a model answers numbers: export logits or scores as float32")
     fixed = shape[0] if isinstance(shape[0], int) else 0
 
     class Onnx(torch.nn.Module):

@@ -9,11 +9,16 @@ large that each call has the system clear new memory for them. On two cores ResN
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from pathology.device import thread_count
+
+if TYPE_CHECKING:
+    import torch
 
 # Pixels of a piece: 8 tiles of 224 px. Half of it costs a tenth of the speed, and twice of it falls out of malloc's reach.
 PIECE_PX = 8 * 224**2
@@ -25,6 +30,11 @@ def piece_tiles(batch_size: int, tile_px: int) -> int:
     return next(size for size in range(most, 0, -1) if batch_size % size == 0)
 
 
+def twin(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy of `network` with the very same weights: what a forward keeps in its modules meanwhile is apart."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+
+
 class Crew:
     """The threads that compute pieces, each with its share of torch's threads."""
 
@@ -33,9 +43,12 @@ class Crew:
         self._size = (0, 0)
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, compute: Callable[[int], None], firsts: Sequence[int]) -> None:
-        """`compute(first)` for each of `firsts`, side by side; the first error is raised once all have ended."""
-        pool = self._threads(len(firsts))
+    def run(self, compute: Callable[[int], None], firsts: Sequence[int], alone: bool = False) -> None:
+        """`compute(first)` for each of `firsts`, side by side; the first error is raised once all have ended.
+
+        alone  one after the other, each with all threads
+        """
+        pool = self._threads(1 if alone else len(firsts))
         futures = [pool.submit(compute, first) for first in firsts]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:

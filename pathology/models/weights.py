@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathology.errors import ModelError
+from pathology.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,9 @@ def read_checkpoint(file: Path) -> State:
     if file.suffix == ".safetensors":
         return read_safetensors(file.read_bytes(), file.name)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused in the next moment
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{file} holds more than weights, and loading that would run code ({_cause(error)}); where it was made, save the "
@@ -77,24 +80,41 @@ def read_checkpoint(file: Path) -> State:
 
 def check_finite(state: Mapping[str, torch.Tensor], name: str) -> None:
     """Raise ModelError where a weight is NaN or infinite: the network would answer that everywhere."""
-    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    # Of types that are stored and not computed with, such as float8, torch asks none.
+    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
     if bad:
         raise ModelError(
             f"{name} holds NaN or infinity in {some(bad)}; it is damaged, or training diverged: use another checkpoint"
         )
 
 
-def common_prefix(keys: Iterable[str], wanted: Collection[str]) -> str:
-    """What stands before most of `keys` that are `wanted` without it, with its dot; "" where that is nothing."""
+def common_prefix(keys: Iterable[str], wanted: Collection[str], name: str = "it") -> str:
+    """What stands before most of `keys` that are `wanted` without it, with its dot; "" where that is nothing.
+
+    ModelError where another would do as well: then there are several networks in `name`.
+    """
     counts: Counter[str] = Counter()
     for key in keys:
         parts = key.split(".")
         counts.update(".".join([*parts[:n], ""]) for n in range(len(parts)) if ".".join(parts[n:]) in wanted)
-    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    if len(best) > 1 and most > 1:
+        raise ModelError(f"{name} holds several networks that fit: {some(best)}; say which is meant: --prefix {best[0]}")
+    return min(best, key=len, default="")
 
 
 def fill(network: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
     """Give `network` the weights of `state`. ModelError names what is missing, too much, or of another shape."""
+    try:
+        _fill(network, state, name)
+    except ModelError:
+        raise
+    except Exception as error:  # uninitialised weights, or state of an author's own making
+        raise ModelError(f"{name} cannot be put into the architecture: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _fill(network: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
     own = network.state_dict()
     missing = [key for key in own if key not in state and not key.endswith(COUNTER)]
     extra = [key for key in state if key not in own]
@@ -103,14 +123,18 @@ def fill(network: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str)
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    wrong = [
-        f"{what} {some(keys)}"
-        for what, keys in (("without", missing), ("also with", extra), ("another shape:", reshaped))
-        if keys
+    retyped = [
+        f"{key} {state[key].dtype} for {own[key].dtype}" for key in own if key in state and _kind(state[key]) != _kind(own[key])
     ]
+    found = (("without", missing), ("also with", extra), ("another shape:", reshaped), ("another kind of number:", retyped))
+    wrong = [f"{what} {some(keys)}" for what, keys in found if keys]
     if wrong:
         raise ModelError(f"{name} does not fit the architecture: {'; '.join(wrong)}; correct the architecture or its arguments")
     network.load_state_dict(dict(state), strict=False)  # only counters may be missing
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def some(names: Collection[str]) -> str:
@@ -136,7 +160,8 @@ def _tensors(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and bool(value)
-        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+        and all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in value.items())
+        and not any(v.is_meta or v.is_quantized for v in value.values())
     )
 
 
