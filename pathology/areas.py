@@ -10,6 +10,8 @@ import functools
 import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +62,7 @@ def within(tissue: TissueMask, roi: Path, info: SlideInfo) -> TissueMask:
 
 def file_sha256(path: Path) -> str:
     """sha256 of the file's bytes, looked at again only when it has changed. SlideError (bad_mask) where it cannot be read."""
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise _bad(path, f"it cannot be read ({error.strerror})") from error
+    state = _state(path)
     return _sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
@@ -156,7 +155,7 @@ def _json(path: Path) -> Any:
 
 
 def _picture(path: Path) -> NDArray[np.bool_]:
-    _bytes(path, read=False)
+    _state(path)
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA", "CMYK", "YCbCr") else image)
@@ -165,15 +164,25 @@ def _picture(path: Path) -> NDArray[np.bool_]:
     return np.asarray(pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0)
 
 
-def _bytes(path: Path, read: bool = True) -> bytes:
+def _bytes(path: Path) -> bytes:
+    _state(path)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise _bad(path, f"it is larger than {MOST_BYTES >> 20} MiB")
-        return path.read_bytes() if read else b""
+        return path.read_bytes()
     except OSError as error:
-        if isinstance(error, SlideError):
-            raise
         raise _bad(path, f"it cannot be read ({error.strerror})") from error
+
+
+def _state(path: Path) -> os.stat_result:
+    """What the file system says of a file that can be read: no pipe, which would be waited for, and not too large."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise _bad(path, f"it cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise _bad(path, "it is no file")
+    if state.st_size > MOST_BYTES:
+        raise _bad(path, f"it is larger than {MOST_BYTES >> 20} MiB")
+    return state
 
 
 def _bad(path: Path, why: str) -> SlideError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import pathology
-from pathology.areas import fill, read_tissue, within
+from pathology.areas import file_sha256, fill, read_tissue, within
 from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
 from pathology.slide import SlideInfo
@@ -186,6 +187,14 @@ def test_a_file_that_is_not_understood_is_refused(
         read_tissue(tmp_path / name, info)
     assert caught.value.reason is Reason.BAD_MASK
     assert str(caught.value).startswith(f"mask or region of interest {name}: ")
+
+
+@pytest.mark.parametrize("name", ["a.geojson", "m.png"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, info: SlideInfo, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for use in (lambda path: read_tissue(path, info), file_sha256):
+        with pytest.raises(SlideError, match="it is no file"):
+            use(tmp_path / name)
 
 
 def test_the_mask_of_another_slide_is_refused(tmp_path: Path, info: SlideInfo) -> None:
