@@ -15,7 +15,7 @@ from pathology.errors import UsageError
 from pipelines.one_line import one_line_errors, printable
 
 if TYPE_CHECKING:
-    from pathology.models.card import Activation, Colour
+    from pathology.models.network import Activation, Colour
 
 SHOWN = 5  # tiles that `check` lists
 

@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 from pathology.errors import ModelError
 from pathology.model import ModelSpec, ReadRule
+from pathology.models.network import Activation, Colour
 
 CARD = "model.toml"
 Format = Literal["safetensors", "onnx", "torchscript", "pt2"]
-Activation = Literal["softmax", "sigmoid", "none"]
-Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,6 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(v)}" for key, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if value != value else f"{value}"  # inf, -inf
     return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and booleans are written as JSON's
 
 

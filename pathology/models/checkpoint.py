@@ -12,8 +12,9 @@ from typing import Any
 from pathology.durable import make_folders, write_file
 from pathology.errors import ModelError
 from pathology.models import folder as folders
-from pathology.models.card import CARD, Activation, Colour, Weights, read_card, toml_value
+from pathology.models.card import CARD, Weights, read_card, toml_value
 from pathology.models.checks import warm_up
+from pathology.models.network import Activation, Colour
 from pathology.models.trust import checked_name, entries, forget, register
 from pathology.models.weights import check_finite, common_prefix, fill, read_checkpoint
 

@@ -7,13 +7,11 @@ hash, and the safe way is never tried first to fall back on the other.
 
 from __future__ import annotations
 
-import importlib
 import io
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pathology.errors import ModelError, one_line
 from pathology.job import Precision
@@ -21,8 +19,9 @@ from pathology.model import Model, ModelSpec
 from pathology.models.card import CARD, Card, Weights, read_card
 from pathology.models.network import TorchNetwork, on_its_device
 from pathology.models.onnx import onnx_module
+from pathology.models.refs import imported
 from pathology.models.trust import require_trust
-from pathology.models.weights import check_finite, fill, read_safetensors, read_weights
+from pathology.models.weights import check_finite, fill, read_safetensors, read_script, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -67,26 +66,16 @@ def runs_code(folder: Path, card: Card) -> tuple[Path, str] | None:
     return None
 
 
-def architecture(name: str) -> Callable[..., Any]:
+def architecture(name: str) -> Callable[..., object]:
     """What `package.module:factory` names. ModelError where it cannot be imported or called."""
-    module_name, _, attribute = name.partition(":")
+    module_name = name.partition(":")[0]
     parts = module_name.split(".")
     if parts[0] in sys.stdlib_module_names or "__main__" in parts:
         # Importing runs a module, and a card may come from anyone: of those that every Python has, none holds a network.
         raise ModelError(
             f"architecture {name}: {module_name} holds no networks; name a torch.nn.Module of an installed package"
         )
-    try:
-        found = getattr(importlib.import_module(module_name), attribute, None)
-    except (Exception, SystemExit) as error:  # a module runs when imported, and may raise anything
-        raise ModelError(
-            f"architecture {name}: {module_name} cannot be imported: {one_line(error)}; "
-            "install its package where this program runs"
-        ) from error
-    if not callable(found):
-        raise ModelError(f"architecture {name}: {module_name} has no callable {attribute}; name a torch.nn.Module")
-    factory: Callable[..., Any] = found
-    return factory
+    return imported(f"architecture {name}", name, "torch.nn.Module")
 
 
 def build(weights: Weights) -> torch.nn.Module:
@@ -118,21 +107,16 @@ def _network(folder: Path, card: Card, device: str) -> torch.nn.Module:
         network = build(weights)
         fill(network, state, name)
         return network
-    loaded: torch.nn.Module
+    if weights.format == "torchscript":
+        loaded = read_script(data, name, device)
+        check_finite(loaded.state_dict(), name)
+        return loaded
     try:
-        with warnings.catch_warnings():
-            # Trusted and asked for by the card: that torch would rather see another format helps no one here.
-            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
-            if weights.format == "torchscript":
-                loaded = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
-            else:
-                loaded = _exported(torch.export.load(io.BytesIO(data)), device)
-    except ModelError:
-        raise
+        program = torch.export.load(io.BytesIO(data))
     except Exception as error:  # of a damaged file torch raises nearly anything
         raise ModelError(f"{name} cannot be loaded by torch ({one_line(error)}); fetch it again") from error
-    check_finite(loaded.state_dict(), name)
-    return loaded
+    check_finite(program.state_dict, name)
+    return _exported(program, device)
 
 
 def _exported(program: torch.export.ExportedProgram, device: str) -> torch.nn.Module:
@@ -148,7 +132,6 @@ def _exported(program: torch.export.ExportedProgram, device: str) -> torch.nn.Mo
             answer: torch.Tensor = module(tiles.contiguous())
             return answer
 
-    check_finite(program.state_dict, "the exported program")
     return Exported()
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pathology.errors import ModelError, PathologyError
 from pathology.job import Precision
 from pathology.model import Answer, Model, ModelSpec, QueuedModel
-from pathology.models.refs import Argument, call
+from pathology.models.refs import Argument, call, imported
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +108,7 @@ def load_spec(name: str, arguments: Mapping[str, Argument]) -> ModelSpec:
 
 
 def _import(name: str) -> Callable[..., object]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module runs when imported, and may raise anything
-        raise ModelError(
-            f"model {name}: {module_name} cannot be imported: {error}; install its package where this program runs"
-        ) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise ModelError(f"model {name}: {module_name} has no callable {attribute}; name a function that returns a Model")
-    found: Callable[..., object] = factory
-    return found
+    return imported(f"model {name}", name, "function that returns a Model")
 
 
 def _sha256(name: str, factory: Callable[..., object], arguments: Mapping[str, Argument], stated: str) -> str:

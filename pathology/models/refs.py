@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
-from pathology.errors import ModelError
+from pathology.errors import ModelError, one_line
 from pathology.job import Precision
 
 Argument = int | float | str
@@ -60,6 +61,22 @@ def call(
     except TypeError as error:
         raise ModelError(f"model {name}: {error}; {takes}") from error
     return function(*bound.args, **bound.kwargs)
+
+
+def imported(what: str, name: str, wanted: str) -> Callable[..., object]:
+    """The callable that `package.module:attribute` names. ModelError, for `what`, where it cannot be imported or is none."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a module runs when imported, and may raise anything
+        raise ModelError(
+            f"{what}: {module_name} cannot be imported: {one_line(error)}; install its package where this program runs"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ModelError(f"{what}: {module_name} has no callable {attribute}; name a {wanted}")
+    named: Callable[..., object] = found
+    return named
 
 
 def _number_or_text(text: str) -> Argument:

@@ -6,6 +6,7 @@ Promise: nothing in a checkpoint is executed, whatever the environment says, and
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import warnings
 from collections import Counter
@@ -51,6 +52,20 @@ def read_safetensors(data: bytes, name: str) -> State:
     except (SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"{name} is no whole safetensors file ({error}); fetch it again") from error
     return state
+
+
+def read_script(data: bytes, name: str, device: str) -> torch.jit.ScriptModule:
+    """The TorchScript in `data`, which may run code: for trusted bytes. ModelError where torch cannot load it."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            # Models are shipped as it: that torch would rather see another format helps no one here.
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+            script: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ModelError(f"torch cannot load {name} ({one_line(error)}); fetch the file again") from error
+    return script
 
 
 def read_checkpoint(file: Path) -> State:

@@ -11,9 +11,7 @@ Format: https://github.com/SBU-BMI/wsinfer-zoo (model-config.schema.json, spec_v
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from pathology.job import Precision
 from pathology.model import Model, ModelSpec, ReadRule
 from pathology.models.network import Colour, TorchNetwork, on_its_device
 from pathology.models.trust import require_trust
+from pathology.models.weights import read_script
 
 CONFIG, WEIGHTS = "config.json", "torchscript_model.pt"
 
@@ -42,19 +41,9 @@ class Card:
 
 def load(folder: Path, device: str, precision: Precision = "fp32", compile: bool = False) -> Model:
     """The model in `folder`, ready on `device`. ModelError where it is not trusted, not valid or not loadable."""
-    import torch
-
     card, weights = read_card(folder), _read(folder / WEIGHTS)
     spec = _trusted_spec(folder, card, hashlib.sha256(weights).hexdigest())
-    try:
-        with warnings.catch_warnings():
-            # The zoo ships TorchScript and nothing else: that torch would rather see another format helps no one here.
-            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
-            network = torch.jit.load(io.BytesIO(weights), map_location=device)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise ModelError(
-            f"model {spec.name}: torch cannot load {WEIGHTS} ({str(error).strip().splitlines()[0]}); fetch the file again"
-        ) from error
+    network = read_script(weights, f"{WEIGHTS} of model {spec.name}", device)
     loaded = TorchNetwork(
         spec,
         network,
