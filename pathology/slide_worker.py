@@ -23,6 +23,7 @@ from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by
 from pathology.clock import Clock, counting
+from pathology.encoding import choose_encoding
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
@@ -254,6 +255,7 @@ def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
     """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
+    dtype = choose_encoding(spec, job.heatmap_dtype).dtype
     return {
         "schema": 1,
         "slide": slide.info.fingerprint,
@@ -269,6 +271,7 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "blend": job.blend if spec.output == "map" else "none",
         "precision": job.precision,
         "compile": job.compile,
+        **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
     }
 
 

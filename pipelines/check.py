@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pathology.cores import core_count
+from pathology.encoding import choose_encoding
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
 from pathology.memory import model_peak, run_bound
@@ -59,8 +62,8 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
 def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job, peak: int) -> Verdict:
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
-    numbers = len(plan.tiles) * spec.features or height * width * len(spec.classes) * pyramid
-    stored = int(numbers * 4)
+    dtype = np.dtype(choose_encoding(spec, job.heatmap_dtype).dtype)
+    stored = int(len(plan.tiles) * spec.features * 4 or height * width * len(spec.classes) * pyramid * dtype.itemsize)
     memory = run_bound(plan, spec, job, peak, job.readers or core_count())
     return Verdict(entry, info, spec, plan, stored, memory)
 
