@@ -1,16 +1,20 @@
-"""What would run, and what would fail. Promise: slides are opened and planned as in a run, nothing is inferred or written."""
+"""What would run, and what would fail. Promise: slides are opened and planned as in a run, nothing is inferred or written, and
+none is opened in this process: one that crashes a library, or never comes back, is a row of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from pathology.apart import DEADLINE_S, Apart
 from pathology.cores import core_count
 from pathology.encoding import choose_encoding
-from pathology.errors import SlideError, UsageError
-from pathology.job import Job
+from pathology.errors import PathologyError, SlideError, UsageError
+from pathology.job import Job, ReaderName
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
@@ -21,6 +25,11 @@ from pathology.slide import SlideInfo
 from pathology.slide_worker import plan_slide
 from pipelines.config import Settings, make_jobs
 from pipelines.slides import SlideEntry
+
+# More readers at once do not make storage faster.
+MOST_PROCESSES = 8
+# Tissue is found on pixels, which may lie on slow storage.
+PLAN_DEADLINE_S = 1800.0
 
 COLUMNS = ("id", "model", "px", "mpp", "from", "tissue mm2", "tiles", "regions", "again", "heatmap", "memory", "verdict")
 
@@ -43,20 +52,45 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
     specs = {ref: load_spec(ref) for ref in models}
     peaks: dict[str, int] = {}
-    for entry in slides:
-        try:
-            mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
-            with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader) as slide:
-                if not models:
-                    yield Verdict(entry, slide.info)
-                for job in make_jobs([entry], models, settings, "cpu") if models else []:
-                    spec = specs[job.model]
-                    _, plan = plan_slide(job, slide, spec)
-                    if job.model not in peaks:
-                        peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), MODULES["device"])
-                    yield _verdict(entry, slide.info, spec, plan, job, peaks[job.model])
-        except SlideError as error:
-            yield Verdict(entry, reason=error.reason, message=str(error))
+    with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S if models else DEADLINE_S) as apart:
+        jobs = [make_jobs([entry], models, settings, "cpu") if models else [] for entry in slides]
+        calls = (
+            (repr(e.path.name), (e, j, [specs[job.model] for job in j], settings)) for e, j in zip(slides, jobs, strict=True)
+        )
+        for entry, of_slide, found in zip(slides, jobs, apart.results(_look, calls), strict=True):
+            if isinstance(found, SlideError):
+                yield Verdict(entry, reason=found.reason, message=str(found))
+                continue
+            if isinstance(found, PathologyError):
+                raise found
+            info, plans = found
+            if not models:
+                yield Verdict(entry, info)
+            for job, plan in zip(of_slide, plans, strict=True):
+                if job.model not in peaks:
+                    peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), MODULES["device"])
+                yield _verdict(entry, info, specs[job.model], plan, job, peaks[job.model])
+
+
+def look(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
+    """What is known of a slide, which is opened in a process apart. Raises SlideError."""
+    with Apart(1) as apart:
+        info: SlideInfo = apart.call(repr(path.name), _info, path, slide_mpp, force, reader)
+    return info
+
+
+def _info(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
+    with open_slide(path, slide_mpp, force=force, reader=reader) as slide:
+        return slide.info
+
+
+def _look(
+    entry: SlideEntry, jobs: Sequence[Job], specs: Sequence[ModelSpec], settings: Settings
+) -> tuple[SlideInfo, list[Plan]]:
+    """What is known of a slide, and its plan for each job."""
+    mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
+    with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader, headers_only=not jobs) as slide:
+        return slide.info, [plan_slide(job, slide, spec)[1] for job, spec in zip(jobs, specs, strict=True)]
 
 
 def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job, peak: int) -> Verdict:

@@ -92,6 +92,7 @@ ORDER = [
     "pathology.export.result",
     "pathology.staging",
     "pathology.calls",
+    "pathology.apart",
     "pathology.slide_worker",
     "pathology.beside",
     "pathology.worker",
