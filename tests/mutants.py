@@ -242,14 +242,13 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def chain(path: Path, directories: int, tags: int, overlap: bool) -> Path:
-    """A TIFF whose directories, one behind the other or over one another, make a reader read very much of a small file."""
-    step = 2 if overlap else 2 + 12 * tags + 4
-    content = bytearray(8 + step * directories + 2 + 12 * tags + 4)
-    content[:8] = b"II*\0" + struct.pack("<I", 8)
+def chain(path: Path, directories: int, tags: int) -> Path:
+    """A TIFF of many directories one behind the other: a picture of 10 x 10 px each, and tags that nobody knows."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, 10) for tag in (256, 257, *range(40_000, 39_998 + tags)))
+    step = 2 + len(entries) + 4
+    content = bytearray(b"II*\0" + struct.pack("<II", 16, 0) + bytes(4))
     for k in range(directories):
-        at = 8 + step * k
-        struct.pack_into("<H", content, at, tags)
-        struct.pack_into("<I", content, at + 2 + 12 * tags, at + step if k < directories - 1 else 0)
+        content += struct.pack("<H", tags) + entries
+        content += struct.pack("<I", 16 + step * (k + 1) if k < directories - 1 else 0)
     path.write_bytes(content)
     return path

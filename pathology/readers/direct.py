@@ -194,6 +194,11 @@ class DirectReader:
             needed += (box.height + 2 * height) * (box.width + 2 * width) * 3
         self._cache.limit_bytes = min(self._most_cached, max(self._cache.limit_bytes, REGIONS * needed))
 
+    def blank(self, level: int, box: Box) -> bool:
+        """Whether the file holds none of the tiles under `box`."""
+        source = self._levels[level]
+        return not any(source.sizes[index] for index in source.under(box, 1))
+
     @property
     def slow(self) -> bool:
         """Whether a read takes so long that threads of their own should wait for it."""

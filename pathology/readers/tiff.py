@@ -152,6 +152,8 @@ class _Layout:
             tag, kind, number = struct.unpack_from(self.order + ("HHQ" if self.wide else "HHI"), entry)
             values = self._values(tag, kind, number, entry[12 if self.wide else 8 :] + upper[4 * i : 4 * i + 4])
             if values is not None:
+                if tag in tags:
+                    raise Malformed(f"a directory lists tag {tag} twice")  # libraries differ in which of them they believe
                 tags[tag] = values
         (following,) = struct.unpack_from("=" + next_format if self.ndpi else self.order + next_format, data, body)
         return tags, count, following
