@@ -65,6 +65,7 @@ ORDER = [
     "pathology.threads",
     "pathology.predictor",
     "pathology.batches",
+    "pathology.together",
     "pathology.memory",
     "pathology.infer",
     "pathology.work",

@@ -138,7 +138,7 @@ def test_a_run_measures_once_and_a_resumed_one_keeps_the_torch_threads(
     monkeypatch.setattr(worker, "measure_model", made_up)
     monkeypatch.setattr(worker, "core_count", lambda: 2)
     first = worker.divide_cores((job,))
-    assert first == Split(readers=2, threads=1)
+    assert first == (Split(readers=2, threads=1),)
     assert worker.divide_cores((job,)) == first
     assert measured == [0.0, 1e6]
 
