@@ -6,6 +6,7 @@ Promise: what the code holds is arithmetic; what libraries and the model take is
 from __future__ import annotations
 
 import importlib
+import math
 import multiprocessing
 import resource
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def memory_bound(plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, 
     bound = tiles * _tile_bytes(spec) + readers * window
     for plan, spec, batch_size in plans:
         batches = (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
-        bound += regions * region_bytes(plan, len(spec.classes)) + batch_size * batches
+        bound += regions * region_bytes(plan, spec.channels) + batch_size * batches
     return int(bound)
 
 
@@ -95,4 +96,4 @@ def _tile_bytes(spec: ModelSpec) -> int:
 
 
 def _answer_bytes(spec: ModelSpec) -> int:
-    return len(spec.classes) * spec.output_px**2 * 4
+    return math.prod(spec.answer_shape(1)) * 4

@@ -207,7 +207,7 @@ def choose_block(grid: TileGrid, specs: Sequence[ModelSpec], memory: int) -> tup
     side = min(BLOCK_MAX, BLOCK * max(1, math.ceil(grid.tile_px / grid.stride_px) - 1))
 
     def fits(cols: int) -> bool:
-        canvases = (canvas_bytes(len(s.classes), s.output_px, h := strides[s.output_px], cols * h) for s in specs)
+        canvases = (canvas_bytes(s.channels, s.output_px, h := strides[s.output_px], cols * h) for s in specs)
         return sum(canvases) <= memory * CANVAS_SHARE
 
     across = max(math.ceil(grid.heatmap_frame(output_px).shape[1] / strides[output_px]) for output_px in dense)

@@ -23,6 +23,7 @@ from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
+from pathology.encoding import choose_encoding
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
@@ -41,6 +42,8 @@ from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, t
 from pathology.work import Work
 
 KEPT_SLIDES = 4
+# Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
+LATER = ("margin_px", "features", "detections")
 
 # The size of a plan's blocks, (rows, columns) in strides, and the row and column of one.
 Cell = tuple[int, int, int, int]
@@ -284,6 +287,7 @@ def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
     """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
+    dtype = choose_encoding(spec, job.heatmap_dtype).dtype
     return {
         "schema": 1,
         "slide": slide.info.fingerprint,
@@ -291,14 +295,15 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "fast_decode": job.fast_decode,
         "reader": slide.info.reader.split()[0],
         "model": spec.sha256,
-        "card": key_of({name: value for name, value in asdict(spec).items() if name != "margin_px" or value}),
+        "card": key_of({name: value for name, value in asdict(spec).items() if name not in LATER or value}),
         "tile_px": spec.tile_px,
         "stride_px": job.stride_px(spec),
         **_area(job).fields(),
         "min_tissue": job.min_tissue,
-        "blend": job.blend if spec.output_px > 1 else "none",
+        "blend": job.blend if spec.output == "map" else "none",
         "precision": job.precision,
         "compile": job.compile,
+        **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
     }
 
 

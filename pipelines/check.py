@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pathology.cores import core_count
+from pathology.encoding import choose_encoding
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
 from pathology.memory import model_peak, run_bound
@@ -93,7 +96,8 @@ def _verdict(
     plan, spec = next((plan, spec) for plan, spec, other in together if other is job)
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
-    stored = int(height * width * len(spec.classes) * 4 * pyramid)
+    dtype = np.dtype(choose_encoding(spec, job.heatmap_dtype).dtype)
+    stored = int(len(plan.tiles) * spec.features * 4 or height * width * len(spec.classes) * pyramid * dtype.itemsize)
     memory = run_bound(together, peak, job.readers or core_count())
     others = tuple(other.name for _, other, _ in together if other is not spec)
     return Verdict(entry, info, spec, plan, stored, memory, others)

@@ -295,7 +295,10 @@ def test_jobs_that_differ_in_what_is_read_are_no_group(tmp_path: Path) -> None:
     first = job_of(tmp_path / "a.svs", tmp_path, MEAN)
     spec = mean_colour(TILE).spec
     others = [
-        (replace(first, model=SAME, precision="bf16", batch_size=8, blend="constant"), constant(TILE).spec),
+        (
+            replace(first, model=SAME, precision="bf16", batch_size=8, blend="constant", heatmap_dtype="uint8"),
+            constant(TILE).spec,
+        ),
         (replace(first, fast_decode=True), spec),
         (replace(first, overlap=0.5), spec),
         (replace(first, min_tissue=0.5), spec),
