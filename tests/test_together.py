@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ from pathology.slide import Slide
 from pathology.stitch import canvas_bytes
 from pathology.testing import constant, mean_colour
 from pathology.together import Handout, ReadingEnded, groups, tiles_handed
+from pipelines.cli import main
 from tests.crashing import POISON
 from tests.slides import noise_pixels, smooth_pixels, write_tiff
 from tests.whole import all_tiles
@@ -44,9 +47,12 @@ TILE = 32
 MEAN = f"pathology.testing:mean_colour?tile_px={TILE}&mpp=0.5"
 SAME = f"pathology.testing:constant?tile_px={TILE}&mpp=0.5"
 DENSE = f"pathology.testing:identity?tile_px={TILE}&mpp=0.5"
+VECTOR = f"pathology.testing:thumbnail?tile_px={TILE}&mpp=0.5"
+MARKS = f"pathology.testing:marks?tile_px={TILE}&mpp=0.5"
 COARSE = f"pathology.testing:constant?tile_px={TILE}&mpp=1.0"
 UNSURE = "tests.crashing:unsure"
 FRAGILE = "tests.crashing:fragile"
+EACH_KIND = (MEAN, DENSE, VECTOR, MARKS)
 # Source tiles as large as a region: whoever reads a region decodes four of them, and a cache of two rows keeps none for others.
 SOURCE = 64
 
@@ -72,6 +78,23 @@ def ended(jobs: Sequence[Job], scheduler: str = "sync") -> dict[str, tuple[str, 
 def slide(tmp_path: Path) -> Path:
     """512 x 640 px: 16 x 20 tiles of 32 px, 20 regions of 4 x 4, each over 4 source tiles."""
     return write_tiff(tmp_path / "slide.svs", [smooth_pixels(512, 640)], compression="jpeg", tile_px=SOURCE)
+
+
+def test_check_states_the_memory_of_all_that_read_together(slide: Path, tmp_path: Path) -> None:
+    def checked(*models: str) -> dict[str, tuple[list[str], int]]:
+        named = [argument for model in models for argument in ("--model", model)]
+        done = CliRunner().invoke(main, ["check", str(slide), "--tissue", "none", "--num-workers", "1", "--json", *named])
+        assert done.exit_code == 0, done.output
+        lines = [json.loads(line) for line in done.output.splitlines()]
+        return {line["model"]: (line["read_with"], line["memory_bytes"]) for line in lines}
+
+    together = checked(DENSE, SAME, COARSE.replace("constant", "mean_colour"))
+    assert {model: others for model, (others, _) in together.items()} == {
+        "identity": ["constant"],
+        "constant": ["identity"],
+        "mean-colour": [],
+    }
+    assert together["identity"][1] == together["constant"][1] > together["mean-colour"][1]
 
 
 class Counted:
@@ -145,17 +168,37 @@ def test_dense_tiles_beyond_a_region_are_read_with_a_classifiers(slide: Path, tm
     assert manifests(both)["identity"] == manifests(dense)["identity"]
 
 
-@pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
-@pytest.mark.parametrize("overlap", [0.0, 0.5])
-def test_results_are_those_of_separate_runs(scheduler: str, overlap: float, slide: Path, tmp_path: Path) -> None:
-    apart, both = tmp_path / "apart", tmp_path / "both"
-    for model in (MEAN, SAME, DENSE):
-        ended(jobs_of(slide, apart, model, overlap=overlap))
+SCHEDULERS = ["sync", "threads", pytest.param("processes", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 x 256 px."""
+    path = tmp_path_factory.mktemp("small") / "small.svs"
+    return write_tiff(path, [smooth_pixels(200, 256)], compression="jpeg", tile_px=SOURCE)
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.5])
+def apart(
+    request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[float, dict[str, bytes]]:
+    """An overlap, and the manifests of runs of one model each."""
+    out = tmp_path_factory.mktemp("apart")
+    for model in EACH_KIND:
+        ended(jobs_of(small, out, model, overlap=request.param))
+    return request.param, manifests(out)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_results_are_those_of_separate_runs(
+    scheduler: str, apart: tuple[float, dict[str, bytes]], small: Path, tmp_path: Path
+) -> None:
+    (overlap, expected), both = apart, tmp_path / "both"
     seen: list[Progress] = []
-    jobs = jobs_of(slide, both, MEAN, SAME, DENSE, overlap=overlap)
-    assert [o.status for o in run(jobs, scheduler, progress=seen.append)] == ["ok"] * 3
-    assert manifests(both) == manifests(apart)
-    assert len(manifests(both)) == 3
+    jobs = jobs_of(small, both, *EACH_KIND, overlap=overlap)
+    assert [o.status for o in run(jobs, scheduler, progress=seen.append)] == ["ok"] * 4
+    assert manifests(both) == expected
+    assert len(expected) == 4
     assert list(verify(both)) == []
     planned = {p.job.model: p.tiles for p in seen if p.event == "planned"}
     done = {model: sum(p.tiles for p in seen if p.event == "region" and p.job.model == model) for model in planned}
@@ -240,7 +283,7 @@ def test_regions_cut_otherwise_before_are_read_apart(slide: Path, tmp_path: Path
     assert manifests(out)["identity"] == manifests(apart)["identity"]
 
 
-@pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_model_that_fails_fails_alone(scheduler: str, slide: Path, tmp_path: Path) -> None:
     ended(jobs_of(slide, tmp_path / "apart", MEAN))
     found = ended(jobs_of(slide, tmp_path / "out", MEAN, UNSURE, SAME), scheduler)
