@@ -25,8 +25,8 @@ class PoolsItself(Protocol):
 def pooled_spec(spec: ModelSpec, heatmap_mpp: float | None) -> ModelSpec:
     """The card of a dense model whose map is pooled to pixels of at most `heatmap_mpp` um.
 
-    They are the largest that divide a tile evenly and leave something inside its margins. Other models, and None, leave the card as
-    it is. UsageError for finer pixels than the model answers.
+    They are the largest that divide a tile evenly and leave something inside its margins. Other models, and None, leave the
+    card as it is. UsageError for finer pixels than the model answers.
     """
     if heatmap_mpp is None or spec.output != "map":
         return spec
