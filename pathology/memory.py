@@ -20,6 +20,7 @@ from pathology.job import Job
 from pathology.model import ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
+from pathology.models.pool import pooled
 from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
 from pathology.predictor import IN_FLIGHT
 from pathology.readers.opened import CACHE_BYTES
@@ -50,10 +51,12 @@ def model_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
 def _own_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
     for module in modules:
         importlib.import_module(module)
+    models = []
     for job in jobs:
         if job.threads:
             set_threads(job.threads)
-        warm_up(load_model(job.model, job.device, job.precision, job.compile), job.batch_size)
+        models.append(pooled(load_model(job.model, job.device, job.precision, job.compile), job.heatmap_mpp))
+        warm_up(models[-1], job.batch_size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -66,8 +69,8 @@ def run_bound(planned: Sequence[tuple[Plan, ModelSpec, Job]], model_peak: int, r
     plans = [(plan, spec, job.batch_size) for plan, spec, job in planned]
     regions = min(REGIONS_AT_ONCE, max(len(plan.regions) for plan, _, _ in plans))
     buffers = memory_bound(plans, readers=readers, regions=regions)
-    # The batches of `model_peak` are among those in `buffers`.
-    tried = sum(batch_size * (_tile_bytes(spec) + _answer_bytes(spec)) for _, spec, batch_size in plans)
+    # A batch of `model_peak` is among those in `buffers`; of which model it is, is not known.
+    tried = min(batch_size * (_tile_bytes(spec) + _answer_bytes(spec)) for _, spec, batch_size in plans)
     cache = min(CACHE_BYTES, job.memory // CACHE_SHARE)
     return OTHER_PROCESSES_BYTES + SLIDE_BYTES + max(0, model_peak - tried) + cache + buffers
 

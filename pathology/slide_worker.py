@@ -32,6 +32,7 @@ from pathology.job import Job, key_difference, key_of
 from pathology.memory import CACHE_SHARE
 from pathology.model import ModelSpec
 from pathology.models import load_spec
+from pathology.models.pool import pooled_spec
 from pathology.plan import Plan, make_plan
 from pathology.readers import open_slide
 from pathology.slide import Slide
@@ -411,8 +412,8 @@ def _spec(job: Job) -> ModelSpec:
     """The card of the job's model, which is loaded for it only where there is no other way."""
     if job.model not in cards:
         cards[job.model] = load_spec(job.model)
-    return cards[job.model]
+    return pooled_spec(cards[job.model], job.heatmap_mpp)
 
 
-# Of models whose card was read, or that were loaded in this process.
+# Of models whose card was read, or that were loaded in this process; before their maps are pooled.
 cards: dict[str, ModelSpec] = {}

@@ -37,7 +37,16 @@ def pixels_of(spec: ModelSpec) -> tuple[object, ...]:
 
 def reading(job: Job, spec: ModelSpec) -> tuple[object, ...]:
     """What decides a job's tiles and their pixels, as far as is known before its slide is opened."""
-    alike = replace(job, model="", precision="fp32", compile=False, batch_size=1, blend="hann", heatmap_dtype="auto")
+    alike = replace(
+        job,
+        model="",
+        precision="fp32",
+        compile=False,
+        batch_size=1,
+        blend="hann",
+        heatmap_mpp=None,
+        heatmap_dtype="auto",
+    )
     return alike, pixels_of(spec)
 
 

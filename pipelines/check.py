@@ -14,6 +14,7 @@ from pathology.job import Job
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
+from pathology.models.pool import pooled_spec
 from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
@@ -61,7 +62,7 @@ class Verdict:
 
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
-    specs = {ref: load_spec(ref) for ref in models}
+    specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     peak = 0
     for entry in slides:
         try:

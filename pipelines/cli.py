@@ -104,6 +104,11 @@ def job_options(command: Command) -> Command:
             help="Weights over a tile where dense answers overlap; gaussian is MONAI's.",
         ),
         click.option(
+            "--heatmap-mpp",
+            type=float,
+            help="Coarsest um per pixel of dense maps: means are taken where the model runs.  [default: as it answers]",
+        ),
+        click.option(
             "--heatmap-dtype",
             type=click.Choice(["auto", "uint8", "float16", "float32"]),
             default="auto",

@@ -26,6 +26,7 @@ class Settings:
     tissue: str = "otsu"
     roi: Path | None = None
     blend: Blend = "hann"
+    heatmap_mpp: float | None = None
     heatmap_dtype: Dtype | Literal["auto"] = "auto"
     device: str = "auto"
     batch_size: int = 32
@@ -81,6 +82,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             tissue=tissue if slide.mask is None else str(slide.mask.absolute()),
             roi=_path(settings.roi if slide.roi is None else slide.roi),
             blend=settings.blend,
+            heatmap_mpp=settings.heatmap_mpp,
             heatmap_dtype=settings.heatmap_dtype,
             device=device,
             batch_size=settings.batch_size,

@@ -50,6 +50,7 @@ ORDER = [
     "pathology.readers",
     "pathology.models.refs",
     "pathology.models.checks",
+    "pathology.models.pool",
     "pathology.models.trust",
     "pathology.models.pieces",
     "pathology.models.fold",
