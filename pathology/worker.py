@@ -28,9 +28,10 @@ from pathology.errors import Reason, SlideError
 from pathology.events import emit
 from pathology.infer import Tile, infer_region
 from pathology.job import Job, key_of
-from pathology.model import Model, ModelSpec
+from pathology.model import ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
+from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
 from pathology.models.pieces import piece_tiles
 from pathology.plan import Plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
@@ -43,7 +44,7 @@ class _Kept:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.device_lock = threading.Lock()
-        self.models: dict[tuple[object, ...], Model] = {}
+        self.models: dict[tuple[object, ...], HalvingModel | QueuedHalvingModel] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
         self.threads = 0
 
@@ -93,7 +94,8 @@ def _at_once(job: Job, spec: ModelSpec) -> int:
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:
     """Infer and stage one region; the number of tiles. `in_order`: in this thread alone, as the reference does it."""
-    spec = _model(job).spec
+    model = _model(job)
+    spec, before = model.spec, model.sizes.answered()
     work, plan = slide_worker.open_work(job, asked(slide_worker.key_fields_of))
     region = plan.regions[index]
     what = {"slide": job.slide_id, "model": spec.name, "region": index}
@@ -109,15 +111,18 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
         counting(clock),
     ):
         hashes = work.stage(region, rows)
+    # Batches are shared with other regions: a size too many is told rather than one too few.
+    sizes = sorted(model.sizes.answered() - before, reverse=True) or [model.sizes.now(job.batch_size)]
     counts = {
         "tiles": len(region.tiles),
         "bad_tiles": len(bad_tiles),
         "seconds": round(time.time() - began, 6),
         "began": began,
         "process": os.getpid(),
+        "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
         "stages": clock.seconds(),
     }
-    work.mark(region, hashes, counts, _environment(job.device, job.threads), bad_tiles)
+    work.mark(region, hashes, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
 
@@ -141,14 +146,14 @@ def _reading(
     return lambda tiles: read_tiles(slide, spec, plan.grid, tiles, pool, clock)
 
 
-def _model(job: Job) -> Model:
+def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
     with _kept.lock:
         if _kept.threads != job.threads:
             set_threads(job.threads or 1)  # one while it is measured how many there should be
             _kept.threads = job.threads
         name = (job.model, job.device, job.precision, job.compile)
         if name not in _kept.models:
-            model = _kept.models[name] = load_model(job.model, job.device, job.precision, job.compile)
+            model = _kept.models[name] = halving(load_model(job.model, job.device, job.precision, job.compile))
             slide_worker.cards[job.model] = model.spec
         return _kept.models[name]
 

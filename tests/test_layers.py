@@ -55,6 +55,7 @@ ORDER = [
     "pathology.models.network",
     "pathology.models.card",
     "pathology.models.weights",
+    "pathology.models.halving",
     "pathology.models.onnx",
     "pathology.models.folder",
     "pathology.models.checkpoint",

@@ -1,0 +1,167 @@
+"""A model whose batch is halved when memory runs out. Promise: what it answers then is what it would have answered had it been
+given batches of that size from the start, padded to one shape, and how many it answered of each size is known.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathology.device import free_cached
+from pathology.errors import EnvironmentFault, OutOfMemory, PathologyError, one_line
+from pathology.model import Answer, Model, ModelSpec, QueuedModel
+from pathology.models.checks import check_scores
+
+# How torch's allocators, its libraries and ONNX say that there is no memory, where they have no type of error for it.
+RAN_OUT = re.compile(r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Failed to allocate memory|bad_alloc", re.I)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that there is no memory, on a device or on the host."""
+    import torch
+
+    if isinstance(error, (MemoryError, OutOfMemory, torch.OutOfMemoryError)):
+        return True
+    return not isinstance(error, PathologyError) and RAN_OUT.search(str(error)) is not None
+
+
+class Sizes:
+    """The tiles of a model's calls: those of a batch until memory runs out, and half as many each time it does."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._most = 0  # 0: any number
+        self._answered: Counter[int] = Counter()
+
+    def now(self, batch: int) -> int:
+        """Tiles of a call for a batch of so many."""
+        return min(batch, self._most or batch)
+
+    def halve(self, size: int, error: Exception) -> None:
+        """Ask for half of `size` from now on, as a call with so many failed. Raises any `error` that is not want of memory,
+        and EnvironmentFault where a single tile was too much."""
+        if not ran_out(error):
+            raise error
+        if size == 1:
+            raise EnvironmentFault(
+                f"model {self._spec.name}: no memory is left for even one tile ({one_line(error)}); "
+                "end what else runs there, or use another --device"
+            ) from error
+        with self._lock:
+            self._most = min(self._most or size, size // 2)
+
+    def count(self, size: int) -> None:
+        with self._lock:
+            self._answered[size] += 1
+
+    def answered(self) -> Counter[int]:
+        """How many batches were answered so far, by the tiles of their calls."""
+        with self._lock:
+            return self._answered.copy()
+
+    def joined(self, parts: Sequence[NDArray[np.float32]], size: int, batch: int) -> NDArray[np.float32]:
+        """(batch, C, h, w): the answers to a batch's calls without those to padding."""
+        self.count(size)
+        if len(parts) == 1:
+            return parts[0]
+        for part in parts:
+            check_scores(self._spec, size, part)
+        return np.concatenate(parts)[:batch]
+
+
+class HalvingModel:
+    """`inner`, called with fewer tiles at once where memory runs out."""
+
+    def __init__(self, inner: Model) -> None:
+        self.inner = inner
+        self.spec = inner.spec
+        self.sizes = Sizes(inner.spec)
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores."""
+        while True:
+            size = self.sizes.now(len(tiles))
+            try:
+                parts = [self.inner(part) for part in _cut(tiles, size)]
+            except Exception as error:
+                self.sizes.halve(size, error)
+            else:
+                return self.sizes.joined(parts, size, len(tiles))
+            free_cached()  # once the error is gone: with its traceback it keeps what the failed call had
+
+
+class QueuedHalvingModel:
+    """The same of a model that works by itself."""
+
+    def __init__(self, inner: QueuedModel) -> None:
+        self.inner = inner
+        self.spec = inner.spec
+        self.sizes = Sizes(inner.spec)
+        self._submitting = threading.Lock()  # who takes an answer may have to ask again
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.submit(tiles).result()
+
+    def staging(self, batch_size: int) -> NDArray[np.uint8]:
+        return self.inner.staging(batch_size)
+
+    def submit(self, tiles: NDArray[np.uint8]) -> HalvingAnswer:
+        """Begin with a batch, in as many calls as it takes; each is submitted before any is waited for."""
+        return HalvingAnswer(self, tiles, *self.begin(tiles))
+
+    def begin(self, tiles: NDArray[np.uint8]) -> tuple[int, list[Answer]]:
+        """(tiles of a call, answers to come) for a batch."""
+        while True:
+            size = self.sizes.now(len(tiles))
+            try:
+                with self._submitting:
+                    return size, [self.inner.submit(part) for part in _cut(tiles, size)]
+            except Exception as error:
+                self.sizes.halve(size, error)
+            free_cached()
+
+
+class HalvingAnswer:
+    """Scores on their way; begun again in smaller calls where memory runs out before they are there."""
+
+    def __init__(self, model: QueuedHalvingModel, tiles: NDArray[np.uint8], size: int, answers: list[Answer]) -> None:
+        self._model = model
+        self._tiles = tiles
+        self._size = size
+        self._answers = answers
+
+    def result(self) -> NDArray[np.float32]:
+        """(B, C, output_px, output_px) float32, once they are there."""
+        sizes = self._model.sizes
+        while True:
+            try:
+                parts = [answer.result() for answer in self._answers]
+            except Exception as error:
+                sizes.halve(self._size, error)
+            else:
+                return sizes.joined(parts, self._size, len(self._tiles))
+            self._answers = []
+            free_cached()
+            self._size, self._answers = self._model.begin(self._tiles)
+
+
+def halving(model: Model) -> HalvingModel | QueuedHalvingModel:
+    """`model`, which from now on is asked for less at once when memory runs out, instead of failing."""
+    return QueuedHalvingModel(model) if isinstance(model, QueuedModel) else HalvingModel(model)
+
+
+def _cut(tiles: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
+    """A batch in parts of `size` tiles each, the last one padded: equal shapes are what makes equal bits."""
+    whole = len(tiles) - len(tiles) % size
+    parts = [tiles[first : first + size] for first in range(0, whole, size)]
+    if whole < len(tiles):
+        last = np.zeros((size, *tiles.shape[1:]), tiles.dtype)
+        last[: len(tiles) - whole] = tiles[whole:]
+        parts.append(last)
+    return parts
