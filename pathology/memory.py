@@ -70,10 +70,15 @@ def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, 
     and as Pillow's four bytes a pixel.
     """
     window = (plan.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
-    batches = (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
+    batches = slot_bytes(spec, regions)
     read_ahead = regions * tiles_ahead(spec.input_px, readers)
     canvases = regions * region_bytes(plan, len(spec.classes))
     return int(canvases + batch_size * batches + read_ahead * _tile_bytes(spec) + readers * window)
+
+
+def slot_bytes(spec: ModelSpec, regions: int = REGIONS_AT_ONCE) -> int:
+    """What each tile of a batch takes: in the batches being filled and computed, and in answers not yet taken."""
+    return (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
 
 
 def _tile_bytes(spec: ModelSpec) -> int:

@@ -176,6 +176,12 @@ class _Window:
         for states in shared.values():
             job = replace(states[0].job, stage=None)
             done = self._alone(worker.check_model, job)
+            if not (done.died or done.error or job.batch_size):
+                done = self._alone(worker.find_batch_size, job, self._processes)
+                if not done.error:
+                    job = replace(job, batch_size=done.value)
+                    for state in states:
+                        state.job = replace(state.job, batch_size=done.value)
             if done.died:
                 raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
             if not done.error and not (job.threads and job.readers):

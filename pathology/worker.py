@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology import slide_worker
+from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
 from pathology.clock import Clock, counting
@@ -64,6 +65,21 @@ def check_model(job: Job) -> ModelSpec:
     return model.spec
 
 
+def find_batch_size(job: Job, processes: int = 1) -> int:
+    """The batch size for a job that leaves it open, and for all that share its model, in one of `processes` of this machine.
+
+    Kept beside unfinished work, and a resumed run goes on with it.
+    """
+    model = _model(job).inner
+
+    def find() -> int:
+        # Each size tried would be compiled, and torch gives up compiling after a few.
+        plain = load_model(job.model, job.device, job.precision) if job.compile else model
+        return choose_batch(plain, job.device, job.threads or max(1, core_count() // processes), job.memory)
+
+    return _kept_number(job, "batch", model.spec, [job.device, job.precision, job.compile], find)
+
+
 def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> Split:
     """The threads for `jobs`, which share a model: those they leave open as measured, in one of `processes` of this machine.
 
@@ -78,18 +94,26 @@ def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -
     read_s = asked(slide_worker.seconds_to_read)(jobs) if read else 0.0
     split = split_threads(cores, read_s, measure_model(model, _at_once(job, model.spec)), job.threads)
     if not job.threads:
-        kept = Path(job.out) / ".work" / f"threads-{key_of({'model': model.spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
-        if kept.exists():
-            split = split_threads(cores, read_s, 0.0, int(kept.read_text()))
-        else:
-            make_folders(kept.parent)
-            write_file(kept, str(split.threads).encode())
+        found = split.threads
+        kept = _kept_number(job, "threads", model.spec, [*model_of(job), cores], lambda: found)
+        split = split_threads(cores, read_s, 0.0, kept)
     return Split(job.readers or split.readers, split.threads)
 
 
+def _kept_number(job: Job, what: str, spec: ModelSpec, run: list[object], find: Callable[[], int]) -> int:
+    """What `find` gave when it was first asked for such a run: kept beside unfinished work, for it can decide last bits."""
+    kept = Path(job.out) / ".work" / f"{what}-{key_of({'model': spec.sha256, 'run': run})[:16]}"
+    if kept.exists():
+        return int(kept.read_text())
+    number = find()
+    make_folders(kept.parent)
+    write_file(kept, str(number).encode())
+    return number
+
+
 def _at_once(job: Job, spec: ModelSpec) -> int:
-    """Tiles that the model computes at once: the whole batch on a device, a piece of it on the CPU."""
-    return piece_tiles(job.batch_size, spec.input_px) if job.device == "cpu" else job.batch_size
+    """Tiles that the model computes at once: the whole batch on a device, a piece on the CPU. One if it is to be found."""
+    return piece_tiles(job.batch_size or 1, spec.input_px) if job.device == "cpu" else job.batch_size or 1
 
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:

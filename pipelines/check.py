@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pathology.batch_size import cpu_batch
 from pathology.cores import core_count
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
@@ -49,6 +50,8 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
                 for job in make_jobs([entry], models, settings, "cpu") if models else []:
                     spec = specs[job.model]
                     _, plan = plan_slide(job, slide, spec)
+                    if not job.batch_size:
+                        job = replace(job, batch_size=cpu_batch(spec, job.threads or core_count(), job.memory))
                     if job.model not in peaks:
                         peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), MODULES["device"])
                     yield _verdict(entry, slide.info, spec, plan, job, peaks[job.model])

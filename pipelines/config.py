@@ -26,7 +26,7 @@ class Settings:
     roi: Path | None = None
     blend: Blend = "hann"
     device: str = "auto"
-    batch_size: int = 32
+    batch_size: int | None = 32
     readers: int | None = None
     reader: ReaderName = "auto"
     fast_decode: bool = False
@@ -80,7 +80,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             roi=_path(settings.roi if slide.roi is None else slide.roi),
             blend=settings.blend,
             device=device,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 0,
             threads=settings.threads or 0,
             readers=settings.readers or 0,
             reader=settings.reader,

@@ -67,6 +67,7 @@ ORDER = [
     "pathology.predictor",
     "pathology.batches",
     "pathology.memory",
+    "pathology.batch_size",
     "pathology.infer",
     "pathology.work",
     "pathology.export.colormap",
