@@ -24,8 +24,8 @@ from pathology.job import Precision
 if TYPE_CHECKING:
     import torch
 
-# Besides torch and what it computes with, these decode and resize pixels: another version may give other bits.
-LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin")
+# Besides torch, what it computes with and networks are made by, these decode and resize pixels: others may give other bits.
+LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin", "timm")
 
 _threads = 0  # of torch; 0: nobody has said
 
