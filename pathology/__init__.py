@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError
 
 if TYPE_CHECKING:
+    from pathology.features import open_features as open_features
     from pathology.geometry import Box as Box
     from pathology.integrity import verify as verify
     from pathology.job import Job as Job
@@ -30,6 +31,7 @@ _WHERE = {
     "Job": "job",
     "load_model": "models",
     "make_plan": "plan",
+    "open_features": "features",
     "open_heatmap": "result",
     "open_slide": "readers",
     "run": "runner",
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022  # what a user calls first, then what may go wrong
     "Job",
     "load_model",
     "make_plan",
+    "open_features",
     "open_heatmap",
     "open_slide",
     "run",

@@ -7,7 +7,6 @@ interrupted: it holds hashes and what decided the values, never a time, host, pa
 from __future__ import annotations
 
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -18,32 +17,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pathology.clock import covered, total
 from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
 from pathology.errors import Reason, SlideError, UsageError
-from pathology.export.png import overlay_l0_pixel, overlay_png
-from pathology.export.table import TileTable, tile_table, write_parquet
-from pathology.geometry import Box
 from pathology.job import Job
 from pathology.model import ModelSpec
+from pathology.outputs import write_output
+from pathology.outputs.ended import Ended
 from pathology.plan import Plan
 from pathology.slide import Slide
 from pathology.work import Work
 
-if TYPE_CHECKING:  # they bring zarr, which a run's driver has no use for
-    from pathology.result import Heatmap
-    from pathology.store import HeatmapSummary
-
-MANIFEST, RESULT, OVERLAY, TILES = "manifest.json", "result.json", "overlay.png", "tiles.parquet"
+MANIFEST, RESULT = "manifest.json", "result.json"
 BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
 
-SCHEMAS = {MANIFEST: 1, RESULT: 2}
+SCHEMAS = {MANIFEST: 1, RESULT: 3}
 
 
 def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
@@ -52,9 +45,6 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> d
     Raises UsageError where `job.strict` and regions were computed in different environments, SlideError(CORRUPT_TILES)
     where no tile at all could be read.
     """
-    from pathology.result import open_heatmap
-    from pathology.store import STORE_NAME
-
     environments = _environments(work, plan, job)
     bad_tiles = sorted({(row, col) for region in plan.regions for row, col in work.marker(region.index)["bad_tiles"]})
     if bad_tiles and len(bad_tiles) == len(plan.tiles):
@@ -67,41 +57,16 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> d
     with output_faults(partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        heatmap_summary = _write_store(partial / STORE_NAME, work, plan, slide, spec)
-        heatmap = open_heatmap(partial / STORE_NAME)
-        if spec.output_px == 1:
-            write_parquet(partial / TILES, classifier_table(plan, heatmap))
+        written = write_output(partial, Ended(work, plan, slide, spec, np.array(bad_tiles, np.int32).reshape(-1, 2)))
         if bad_tiles:
             (partial / BAD_TILES).write_text(_bad_tiles_csv(plan, bad_tiles))
-        (partial / OVERLAY).write_bytes(overlay(slide, heatmap))
         manifest = _manifest(partial, job.slide_folder, work)
         (partial / MANIFEST).write_bytes(manifest)
-        record = _record(job, work, plan, slide, spec, heatmap_summary, manifest, environments, len(bad_tiles))
+        record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles))
         (partial / RESULT).write_bytes(_json(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)
     return record
-
-
-def classifier_table(plan: Plan, heatmap: Heatmap) -> TileTable:
-    """The tiles of a tile classifier with their scores: heatmap pixel (row, col) is tile (row, col)."""
-    height, width = heatmap.frame.shape
-    scores = np.empty((len(plan.tiles), len(heatmap.classes)), np.float32)
-    band = 2048  # rows of the heatmap in memory at once
-    for top in range(0, height, band):
-        chosen = (plan.tiles[:, 0] >= top) & (plan.tiles[:, 0] < top + band)
-        if chosen.any():
-            block = heatmap.read(0, Box(top, 0, min(band, height - top), width))
-            scores[chosen] = block[:, plan.tiles[chosen, 0] - top, plan.tiles[chosen, 1]].T
-    return tile_table(plan.grid, plan.tiles, plan.coverage, scores, heatmap.spec.columns())
-
-
-def overlay(slide: Slide, heatmap: Heatmap) -> bytes:
-    """`overlay.png` of the first class, from the pyramid level that suits the picture."""
-    finest = overlay_l0_pixel(slide.info.shape)
-    level = max((k for k in range(len(heatmap.arrays)) if heatmap.level_frame(k).l0_pixel <= finest), default=0)
-    scores = heatmap.read(level, Box(0, 0, *heatmap.level_shape(level)))[0]
-    return overlay_png(slide, scores, heatmap.level_frame(level), heatmap.spec, 0)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -127,26 +92,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _write_store(path: Path, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> HeatmapSummary:
-    from pathology.store import HeatmapMeta, write_heatmap
-
-    provenance = {"key": work.key, "fields": work.fields}
-    meta = HeatmapMeta(plan.frame, spec, plan.grid.tile_px, plan.grid.stride_px, slide.info.fingerprint, provenance)
-    return write_heatmap(path, meta, functools.partial(_gather, work, plan, len(spec.classes)))
-
-
-def _gather(work: Work, plan: Plan, classes: int, box: Box) -> NDArray[np.float32]:
-    """(C, h, w) float32 scores of any box of the heatmap, from the blocks of staged regions that lie in it."""
-    scores = np.full((classes, *box.shape), np.nan, np.float32)
-    for region in plan.regions:
-        if box.intersect(region.box).empty:
-            continue
-        for block, staged in work.load(region, box):
-            common = box.intersect(block)
-            scores[:, *common.slices(box)] = staged[:, *common.slices(block)]
-    return scores
-
-
 def _bad_tiles_csv(plan: Plan, tiles: Sequence[tuple[int, int]]) -> str:
     """Their place in the grid, and their corner in continuous level-0 px, in which another program can look for the damage."""
     text = io.StringIO()
@@ -161,7 +106,7 @@ def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
     """The different environments of the regions, each once, in a fixed order."""
     found = [work.marker(r.index)["environment"] for r in plan.regions]
     # A region whose batch was halved on the way has more than one.
-    each = ({**e, "batch": size} for e in found for size in e.get("batch", [None]))
+    each = ({**e, "batch": size} for e in found for size in e["batch"])
     texts = {json.dumps(e, sort_keys=True) for e in each}
     if len(texts) > 1 and job.strict:
         raise UsageError(
@@ -189,7 +134,7 @@ def _record(
     plan: Plan,
     slide: Slide,
     spec: ModelSpec,
-    summary: HeatmapSummary,
+    written: Mapping[str, Any],
     manifest: bytes,
     environments: list[dict[str, Any]],
     bad_tiles: int,
@@ -217,14 +162,13 @@ def _record(
         "regions": len(plan.regions),
         "forward_passes": plan.forward_passes,
         "tissue_mm2": plan.tissue_mm2,
-        "classes": {c.name: {"mean": c.mean, "max": c.max, "area_mm2": c.area_mm2} for c in summary.classes},
-        "threshold": dict(zip(spec.classes, spec.threshold, strict=True)),
-        "units": spec.units,
+        "output": spec.output,
+        **written,
         "seconds": round(sum(c["seconds"] for c in counts), 3),
         "time": _time(counts),
         "environments": environments,
         "batch_size": job.batch_size,
-        "halved_to": min((c["halved_to"] for c in counts if c.get("halved_to")), default=None),
+        "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
         "columns": dict(job.columns),
         "finished": time.time(),
         "host": socket.gethostname(),

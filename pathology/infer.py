@@ -1,4 +1,4 @@
-"""One region from slide to heatmap: read -> batch -> model -> stitch, the whole flow on one screen."""
+"""One region from slide to result: read -> batch -> model -> stitch, the whole flow on one screen."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.clock import timed
+from pathology.detections import objects_of
 from pathology.errors import Reason, SlideError
-from pathology.model import ModelSpec
+from pathology.model import DetectionRule, ModelSpec
+from pathology.models.checks import crowded, unsound
 from pathology.plan import Plan, Region
 from pathology.predictor import Predict
 from pathology.stitch import Canvas, blend_window
 
 Tile = tuple[int, int]
+Read = Callable[[NDArray[np.int32]], Iterator[NDArray[np.uint8] | None]]
 
 
 def infer_region(
-    read: Callable[[NDArray[np.int32]], Iterator[NDArray[np.uint8] | None]],
+    read: Read,
     spec: ModelSpec,
     plan: Plan,
     region: Region,
@@ -33,7 +36,39 @@ def infer_region(
 
     Raises SlideError(BAD_SCORES) where the model answers NaN or infinity: it must not spread into its neighbours.
     """
-    canvas = Canvas(region.box, len(spec.classes), blend_window(spec.output_px, plan.blend, spec.margin_px))
+    canvas = Canvas(region.box, spec.channels, blend_window(spec.output_px, plan.blend, spec.margin_px))
+    for (row, col), scores in _answers(read, spec, region, predict, on_bad):
+        y, x = row * plan.h_stride, col * plan.h_stride
+        yield from _timed(canvas.final(y))
+        with timed("stitch"):
+            canvas.add(scores, y, x)
+    yield from _timed(canvas.final(region.box.y1))
+
+
+def detect_region(
+    read: Read,
+    spec: ModelSpec,
+    rule: DetectionRule,
+    plan: Plan,
+    region: Region,
+    predict: Predict,
+    on_bad: Callable[[Tile], None],
+) -> NDArray[np.float64]:
+    """All that a detector sees with its centre in `region.box`, an object a row (`Objects.to_rows`), doubles and all.
+
+    Parameters and errors are those of `infer_region`.
+    """
+    found = [np.empty((0, 5 + 2 * rule.vertices))]
+    for tile, answer in _answers(read, spec, region, predict, on_bad):
+        with timed("stitch"):
+            found.append(objects_of(answer, spec, rule, plan.grid, tile, region.box).to_rows())
+    return np.concatenate(found)
+
+
+def _answers(
+    read: Read, spec: ModelSpec, region: Region, predict: Predict, on_bad: Callable[[Tile], None]
+) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
+    """(row, col) and answer of each of the region's tiles that can be read, in row-major order."""
     asked: deque[Tile] = deque()  # tiles that the model was given and has not answered: it takes them ahead
 
     def readable() -> Iterator[NDArray[np.uint8]]:
@@ -46,18 +81,14 @@ def infer_region(
 
     for scores in predict(readable()):
         row, col = asked.popleft()
-        y, x = row * plan.h_stride, col * plan.h_stride
-        if not np.isfinite(scores).all():
+        if what := unsound(spec, scores) or crowded(spec, scores):
             raise SlideError(
                 Reason.BAD_SCORES,
-                f"model {spec.name} answered NaN or infinity at heatmap pixel ({y}, {x}); check it on that tile",
+                f"model {spec.name} answered {what} for the tile in row {row}, column {col}; check it on that tile",
             )
-        yield from _timed(canvas.final(y))
-        with timed("stitch"):
-            canvas.add(scores, y, x)
+        yield (row, col), scores
     if asked:
         raise RuntimeError(f"model {spec.name} left {len(asked)} tiles unanswered")
-    yield from _timed(canvas.final(region.box.y1))
 
 
 def _timed(rows: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

@@ -12,7 +12,7 @@ from pathology.errors import UsageError
 from pathology.finish import MANIFEST, RESULT, read_manifest, read_record
 
 # Made from a result at any time, by `pathology export`; not part of it.
-EXPORTS = ("tiles.csv", "tiles.geojson", "heatmap-*.png")
+EXPORTS = ("tiles.csv", "tiles.geojson", "detections.csv", "detections.geojson", "heatmap-*.png")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Promise: what the code holds is arithmetic; what libraries and the model take is
 from __future__ import annotations
 
 import importlib
+import math
 import multiprocessing
 import resource
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, 
     window = (plan.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
     batches = slot_bytes(spec, regions)
     read_ahead = regions * tiles_ahead(spec.input_px, readers)
-    canvases = regions * region_bytes(plan, len(spec.classes))
+    canvases = regions * region_bytes(plan, spec.channels)
     return int(canvases + batch_size * batches + read_ahead * _tile_bytes(spec) + readers * window)
 
 
@@ -86,4 +87,4 @@ def _tile_bytes(spec: ModelSpec) -> int:
 
 
 def _answer_bytes(spec: ModelSpec) -> int:
-    return len(spec.classes) * spec.output_px**2 * 4
+    return math.prod(spec.answer_shape(1)) * 4

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from pathology.errors import ModelError
 
+Output = Literal["classes", "map", "detections", "features"]
+
 
 @dataclass(frozen=True, slots=True)
 class ReadRule:
@@ -31,16 +33,51 @@ class ReadRule:
 
 
 @dataclass(frozen=True, slots=True)
+class DetectionRule:
+    """What a detector answers, and when two of its answers are one object.
+
+    most       most objects of a tile
+    vertices   points of an object's outline: 0 for a point, 2 for a box (two opposite corners), 3 and more for a contour
+    nms_px     of points: one closer than this to a better one, in grid px, is the same object
+    nms_iou    of boxes and contours (their boxes): one that shares this of their union with a better one is the same object
+    margin_px  input px from a tile's edges in which its objects, maybe cut, count only where no other tile sees them whole
+    """
+
+    most: int = 1024
+    vertices: int = 0
+    nms_px: float = 4.0
+    nms_iou: float = 0.5
+    margin_px: int = 0
+
+    def __post_init__(self) -> None:
+        if self.most < 1 or self.vertices < 0 or self.vertices == 1 or self.margin_px < 0:
+            raise ModelError(
+                f"detections: most {self.most}, {self.vertices} vertices, margin {self.margin_px} px do not fit; "
+                "most is 1 or more, vertices 0, 2 or more, a margin 0 or more"
+            )
+        if not (0 < self.nms_px < float("inf") and 0 < self.nms_iou <= 1):
+            raise ModelError(
+                f"detections: nms_px {self.nms_px}, nms_iou {self.nms_iou} do not fit; use more than 0 px, and a share up to 1"
+            )
+
+    @property
+    def columns(self) -> int:
+        """Numbers of one object in a model's answer: y, x, class, score, then y, x of each vertex."""
+        return 4 + 2 * self.vertices
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model's card: names and numbers only.
 
     name         the folder its results go to; letters, digits, `-`, `_`, `.`
     sha256       hex digest of what decides its answers (weights, or source for a built-in)
-    classes      one name per output channel
+    classes      one name per output channel; none for features
     mpp          um per pixel of the grid on which `tile_px` and strides are counted
     tile_px      side of a tile in pixels at `mpp`
     input_px     side of the array the model is given, in pixels (= tile_px unless the model resizes)
-    output_px    side of its answer per tile: 1 for a tile classifier, up to tile_px for a dense map
+    output_px    side of its answer per tile: 1 for a tile classifier, up to tile_px for a dense map; of a detector, into how
+                 many pixels a side the heatmap of density divides a tile
     margin_px    pixels from the edges of a dense answer that count only where no other tile answers: where padding is seen
     scores       "probability" (0..1, columns `prob_<class>`) or "value" (any number, columns `<class>`)
     units        of a value, for people ("nuclei per mm2"); "" for probabilities
@@ -48,6 +85,8 @@ class ModelSpec:
     colors       "#rrggbb" per class for viewers
     display      (low, high) score range of colour scales
     read         how pixels are taken from the slide
+    features     length of the vector that an embedding model answers for a tile; 0: it answers scores
+    detections   what a detector answers; None: it is none
     """
 
     name: str
@@ -64,9 +103,21 @@ class ModelSpec:
     display: tuple[float, float] = (0.0, 1.0)
     read: ReadRule = ReadRule()
     margin_px: int = 0
+    features: int = 0
+    detections: DetectionRule | None = None
 
     def __post_init__(self) -> None:
-        if not self.classes or len(set(self.classes)) != len(self.classes):
+        if self.features < 0 or (self.features and (self.classes or self.output_px != 1 or self.detections)):
+            raise ModelError(
+                f"model {self.name}: a vector of {self.features} features a tile has no classes, maps or detections; "
+                "state either features or the others"
+            )
+        if self.detections and (self.output_px < 2 or 2 * self.detections.margin_px >= self.input_px or self.margin_px):
+            raise ModelError(
+                f"model {self.name}: detections need an output of 2 px or more for their density, and a margin of their own "
+                f"that leaves something of {self.input_px} px; correct output_px or the margin"
+            )
+        if (not self.classes and not self.features) or len(set(self.classes)) != len(self.classes):
             raise ModelError(f"model {self.name}: classes {self.classes} must be one or more different names")
         if not 0.05 <= self.mpp <= 100:
             raise ModelError(f"model {self.name}: mpp {self.mpp} um/px is outside 0.05..100; correct it in the model's card")
@@ -86,8 +137,28 @@ class ModelSpec:
                 raise ModelError(
                     f"model {self.name}: {len(values)} values in {field} for {len(self.classes)} classes; give one each"
                 )
-        if not self.threshold:
+        if not self.threshold and self.classes:
             object.__setattr__(self, "threshold", (0.5,) * len(self.classes))
+
+    @property
+    def output(self) -> Output:
+        """What kind of answer the model gives for a tile."""
+        if self.features:
+            return "features"
+        if self.detections:
+            return "detections"
+        return "classes" if self.output_px == 1 else "map"
+
+    @property
+    def channels(self) -> int:
+        """Numbers per pixel of an answer: a score a class, or the features."""
+        return self.features or len(self.classes)
+
+    def answer_shape(self, batch: int) -> tuple[int, ...]:
+        """The shape of the answer for so many tiles; a detector may answer fewer objects, up to the second number."""
+        if self.detections:
+            return batch, self.detections.most, self.detections.columns
+        return batch, self.channels, self.output_px, self.output_px
 
     def columns(self) -> tuple[str, ...]:
         """One table column per class: `prob_<class>` for probabilities, `<class>` otherwise."""
@@ -102,7 +173,11 @@ class Model(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores, activation applied."""
+        """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`.
+
+        Scores (B, C, output_px, output_px), activation applied; features (B, D, 1, 1); objects (B, N, columns), y, x and the
+        outline in continuous px of the input, the class by its number, and NaN in all of a row that is no object.
+        """
         ...
 
 

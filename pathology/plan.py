@@ -200,7 +200,7 @@ def choose_block(grid: TileGrid, spec: ModelSpec, memory: int) -> tuple[int, int
     side = min(BLOCK_MAX, BLOCK * max(1, math.ceil(spec.output_px / h_stride) - 1))
 
     def fits(cols: int) -> bool:
-        return canvas_bytes(len(spec.classes), spec.output_px, h_stride, cols * h_stride) <= memory * CANVAS_SHARE
+        return canvas_bytes(spec.channels, spec.output_px, h_stride, cols * h_stride) <= memory * CANVAS_SHARE
 
     widest = min(side, math.ceil(grid.heatmap_frame(spec.output_px).shape[1] / h_stride))
     cols = next((cols for cols in range(widest, 1, -1) if fits(cols)), 1)

@@ -41,6 +41,8 @@ from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, t
 from pathology.work import Work
 
 KEPT_SLIDES = 4
+# Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
+LATER = ("margin_px", "features", "detections")
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -259,12 +261,12 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "fast_decode": job.fast_decode,
         "reader": slide.info.reader.split()[0],
         "model": spec.sha256,
-        "card": key_of({name: value for name, value in asdict(spec).items() if name != "margin_px" or value}),
+        "card": key_of({name: value for name, value in asdict(spec).items() if name not in LATER or value}),
         "tile_px": spec.tile_px,
         "stride_px": job.stride_px(spec),
         **_area(job).fields(),
         "min_tissue": job.min_tissue,
-        "blend": job.blend if spec.output_px > 1 else "none",
+        "blend": job.blend if spec.output == "map" else "none",
         "precision": job.precision,
         "compile": job.compile,
     }

@@ -23,10 +23,10 @@ from zarr.storage import LocalStore
 from pathology.durable import output_faults
 from pathology.errors import UsageError
 from pathology.geometry import Box, HeatmapFrame
-from pathology.model import ModelSpec, ReadRule
+from pathology.model import DetectionRule, ModelSpec, ReadRule
 from pathology.pyramid import ShardGather, make_levels, ngff_attributes
 
-SCHEMA = 1
+SCHEMA = 2
 
 # Name of the store in the folder of a slide's and model's results.
 STORE_NAME = "heatmap.ome.zarr"
@@ -82,7 +82,7 @@ class HeatmapMeta:
             height, width = frame["shape"]
             return HeatmapMeta(
                 frame=HeatmapFrame((height, width), frame["l0_origin"], frame["l0_pixel"], frame["slide_mpp"]),
-                spec=ModelSpec(**{**{k: _tuple(v) for k, v in model.items()}, "read": ReadRule(**model["read"])}),
+                spec=_spec(model),
                 tile_px=values["tile_px"],
                 stride_px=values["stride_px"],
                 fingerprint=values["fingerprint"],
@@ -138,8 +138,7 @@ def write_heatmap(path: Path, meta: HeatmapMeta, read: Callable[[Box], NDArray[n
                 shards=level.shard,
                 dtype=np.float32,
                 fill_value=np.nan,
-                # crc32c guards the compressed bytes, header included; zstd alone passes most flipped bits on as scores.
-                compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+                compressors=codecs(),
                 dimension_names=("c", "y", "x"),
                 config={"write_empty_chunks": False},  # not left to the user's zarr settings: it decides which files there are
             )
@@ -158,6 +157,11 @@ def write_heatmap(path: Path, meta: HeatmapMeta, read: Callable[[Box], NDArray[n
                 box, block = whole
                 array[:, *box.slices()] = block
     return HeatmapSummary(tuple(tally.summary(meta.frame.mpp) for tally in tallies))
+
+
+def codecs() -> list[ZstdCodec | Crc32cCodec]:
+    """What chunks go through. crc32c guards the compressed bytes, header included; zstd alone passes most flipped bits on."""
+    return [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()]
 
 
 def _checked(block: NDArray[np.float32], box: Box, classes: int) -> NDArray[np.float32]:
@@ -191,6 +195,13 @@ class _Tally:
             return ClassSummary(self._name, 0, 0, None, None, None)
         area_mm2 = self._present * mpp**2 / 1e6
         return ClassSummary(self._name, self._predicted, self._present, self._sum / self._predicted, self._max, area_mm2)
+
+
+def _spec(model: Mapping[str, Any]) -> ModelSpec:
+    rules: dict[str, Any] = {"read": ReadRule(**model["read"])}
+    if model.get("detections"):
+        rules["detections"] = DetectionRule(**model["detections"])
+    return ModelSpec(**{**{k: _tuple(v) for k, v in model.items()}, **rules})
 
 
 def _tuple(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
-from pathology.model import ModelSpec
+from pathology.model import DetectionRule, ModelSpec
 from pathology.slide import Slide, SlideInfo
 
 
@@ -105,7 +105,12 @@ class _Constant:
 
 
 def _spec(
-    name: str, mpp: float, tile_px: int, output_px: int, classes: tuple[str, ...] = ("red", "green", "blue")
+    name: str,
+    mpp: float,
+    tile_px: int,
+    output_px: int,
+    classes: tuple[str, ...] = ("red", "green", "blue"),
+    features: int = 0,
 ) -> ModelSpec:
     return ModelSpec(
         name=name,
@@ -118,6 +123,7 @@ def _spec(
         scores="value",
         threshold=(128.0,) * len(classes),
         display=(0.0, 255.0),
+        features=features,
     )
 
 
@@ -129,6 +135,57 @@ def mean_colour(tile_px: int = 64, mpp: float = 0.5) -> _Mean:
 def identity(tile_px: int = 64, mpp: float = 0.5, output_px: int = 0) -> _Mean:
     """A dense model that answers the tile itself, or its means over blocks where `output_px` is smaller."""
     return _Mean(_spec("identity", mpp, tile_px, output_px or tile_px))
+
+
+@dataclass(frozen=True, slots=True)
+class _Thumbnail:
+    """Answers a tile's means over 4 x 4 blocks of each colour as its 48 features."""
+
+    spec: ModelSpec
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        block = self.spec.input_px // 4
+        means = tiles.reshape(len(tiles), 4, block, 4, block, 3).mean(axis=(2, 4), dtype=np.float64)
+        return np.ascontiguousarray(means.reshape(len(tiles), -1, 1, 1), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Finds pixels of pure red (class 0) and pure blue (class 1) where they are, but for `shift` px that differ by tile."""
+
+    spec: ModelSpec
+    shift: float
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        rule = self.spec.detections
+        assert rule is not None
+        answer = np.full(self.spec.answer_shape(len(tiles)), np.nan, np.float32)
+        for rows, tile in zip(answer, tiles, strict=True):
+            for number, colour in enumerate(((255, 0, 0), (0, 0, 255))):
+                place = np.argwhere((tile == colour).all(axis=2)) + 0.5
+                free = int(np.isnan(rows[:, 3]).argmax())
+                found = rows[free : free + len(place)]
+                # Higher scores towards the middle, so that tiles disagree about a mark in place and score.
+                away = np.abs(place - self.spec.input_px / 2).max(axis=1)
+                found[:, :2] = place + self.shift * np.sin(place)
+                found[:, 2], found[:, 3] = number, 1 - away / self.spec.input_px
+                corners = np.array([(-1, -1), (-1, 1), (1, 1), (1, -1)])[:: 2 if rule.vertices == 2 else 1]
+                found[:, 4:] = (found[:, None, :2] + 6 * corners[: rule.vertices]).reshape(len(place), 2 * rule.vertices)
+        return answer
+
+
+def thumbnail(tile_px: int = 64, mpp: float = 0.5) -> _Thumbnail:
+    """An embedding model."""
+    return _Thumbnail(_spec("thumbnail", mpp, tile_px, 1, (), features=48))
+
+
+def marks(tile_px: int = 64, mpp: float = 0.5, vertices: int = 0, shift: float = 0.0, margin_px: int = 0) -> _Marks:
+    """A detector of points (`vertices` 0), boxes (2) or squares as contours (4)."""
+    rule = DetectionRule(vertices=vertices, margin_px=margin_px)
+    spec = replace(
+        _spec("marks", mpp, tile_px, 4, ("red", "blue")), detections=rule, display=(0.0, 5000.0), threshold=(0.0, 0.0)
+    )
+    return _Marks(spec, shift)
 
 
 def constant(tile_px: int = 64, mpp: float = 0.5, output_px: int = 1, value: float = 0.7) -> _Constant:

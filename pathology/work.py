@@ -3,7 +3,8 @@
 Promise: a region counts as done only when its marker parses, names this key and this plan, and the hashes of the staged
 bytes are the marker's. That a file exists is never the test. Regions go to disk and back block by block, never whole.
 
-A staged region is its blocks in row-major order (see `blocks`), each (C, h, w) little-endian float32 without a header.
+A staged region of scores is its blocks in row-major order (see `blocks`), each (C, h, w) little-endian float32 without a
+header; of objects, its rows, little-endian float64.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ from pathology.job import key_difference, key_of
 from pathology.plan import Plan, Region
 from pathology.stitch import bands
 
-SCHEMA = 2
+SCHEMA = 3
 
 # Columns of a block: what is read and hashed at once. Blocks end at multiples of it, as shards of a heatmap do.
 BLOCK_PX = 1024
@@ -40,6 +42,14 @@ def blocks(band: Box) -> Iterator[Box]:
         x1 = min(x // BLOCK_PX * BLOCK_PX + BLOCK_PX, band.x1)
         yield Box(band.y, x, band.height, x1 - x)
         x = x1
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What was written of a region: scores or rows, and the sha256 of its blocks; rows are one block."""
+
+    kind: Literal["scores", "rows"]
+    sha256: tuple[str, ...]
 
 
 class Work:
@@ -101,8 +111,8 @@ class Work:
         """Indices of the regions that are not done, in order. `whole`: those with tiles that could not be read are not."""
         return [r.index for r in plan.regions if not self._done(r) or (whole and self.marker(r.index)["bad_tiles"])]
 
-    def stage(self, region: Region, rows: Iterable[NDArray[np.float32]]) -> list[str]:
-        """Write a region's bands, (C, h, W) each, as they come; the sha256 of its blocks, for `mark`."""
+    def stage(self, region: Region, rows: Iterable[NDArray[np.float32]]) -> Staged:
+        """Write a region's bands, (C, h, W) float32 each, as they come."""
         hashes: list[str] = []
         with new_file(self._path(region.index, "scores")) as write:
             for band, scores in zip(bands(region.box), rows, strict=True):
@@ -113,12 +123,20 @@ class Work:
                         data = scores[:, *block.slices(band)].astype("<f4", copy=False).tobytes()
                         hashes.append(_sha256(data))
                         write(data)
-        return hashes
+        return Staged("scores", tuple(hashes))
+
+    def stage_rows(self, region: Region, rows: NDArray[np.float64]) -> Staged:
+        """Write a region's rows, (n, columns) float64."""
+        with timed("write"):
+            data = rows.astype("<f8", copy=False).tobytes()
+            with new_file(self._path(region.index, "rows")) as write:
+                write(data)
+        return Staged("rows", (_sha256(data),))
 
     def mark(
         self,
         region: Region,
-        hashes: Sequence[str],
+        staged: Staged,
         counts: Mapping[str, Any],
         environment: Mapping[str, Any],
         bad_tiles: Iterable[tuple[int, int]] = (),
@@ -129,7 +147,8 @@ class Work:
             "key": self.key,
             "plan": self._plan_sha256,
             "region": region.index,
-            "sha256": list(hashes),
+            "kind": staged.kind,
+            "sha256": list(staged.sha256),
             "counts": dict(counts),
             "environment": dict(environment),
             "bad_tiles": [list(tile) for tile in bad_tiles],
@@ -153,10 +172,26 @@ class Work:
         marker = self.marker(region.index)
         for block, data in self._blocks(region, marker, box):
             if data is None:
-                raise UsageError(
-                    f"region {region.index} of slide {self.folder.parent.name} has changed on disk; run the same command again"
-                )
+                raise self._changed(region)
             yield block, np.frombuffer(data, "<f4").reshape(-1, *block.shape).astype(np.float32, copy=False)
+
+    def load_rows(self, region: Region, columns: int) -> NDArray[np.float64]:
+        """The (n, columns) rows of a region that is done. Raises UsageError where they changed on disk."""
+        data = self._rows(region, self.marker(region.index))
+        if data is None:
+            raise self._changed(region)
+        return np.frombuffer(data, "<f8").reshape(-1, columns).astype(np.float64, copy=False)
+
+    def gather(self, plan: Plan, channels: int, box: Box) -> NDArray[np.float32]:
+        """(C, h, w) float32 scores of any box of the heatmap, NaN where not predicted, from the regions that lie in it."""
+        scores = np.full((channels, *box.shape), np.nan, np.float32)
+        for region in plan.regions:
+            if box.intersect(region.box).empty:
+                continue
+            for block, staged in self.load(region, box):
+                common = box.intersect(block)
+                scores[:, *common.slices(box)] = staged[:, *common.slices(block)]
+        return scores
 
     def clear(self) -> None:
         """Forget everything staged here. The plan goes first: without it nothing here counts as begun."""
@@ -176,7 +211,20 @@ class Work:
     def _done(self, region: Region) -> bool:
         """Whether the staged bytes are the ones that the marker names."""
         marker = self._marker(region.index)
+        if marker is not None and marker.get("kind") == "rows":
+            return self._rows(region, marker) is not None
         return marker is not None and all(data is not None for _, data in self._blocks(region, marker, region.box))
+
+    def _rows(self, region: Region, marker: Mapping[str, Any]) -> bytes | None:
+        """A region's rows; None for bytes that are not what the marker names."""
+        path = self._path(region.index, "rows")
+        data = path.read_bytes() if path.exists() else None
+        return data if data is not None and marker.get("sha256") == [_sha256(data)] else None
+
+    def _changed(self, region: Region) -> UsageError:
+        return UsageError(
+            f"region {region.index} of slide {self.folder.parent.name} has changed on disk; run the same command again"
+        )
 
     def _blocks(self, region: Region, marker: Mapping[str, Any], box: Box) -> Iterator[tuple[Box, bytes | None]]:
         """The blocks that share pixels with `box`, with their bytes; None for bytes that are not what the marker names."""

@@ -27,7 +27,7 @@ from pathology.device import environment, set_threads
 from pathology.durable import make_folders, write_file
 from pathology.errors import Reason, SlideError
 from pathology.events import emit
-from pathology.infer import Tile, infer_region
+from pathology.infer import Tile, detect_region, infer_region
 from pathology.job import Job, key_of
 from pathology.model import ModelSpec
 from pathology.models import load_model
@@ -129,12 +129,12 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
     bad_tiles: list[Tile] = []
     on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
-    with (
-        closed_at_end(_predict(job, in_order)) as predict,
-        closing(infer_region(read, spec, plan, region, predict, on_bad)) as rows,
-        counting(clock),
-    ):
-        hashes = work.stage(region, rows)
+    with closed_at_end(_predict(job, in_order)) as predict, counting(clock):
+        if spec.detections is not None:
+            staged = work.stage_rows(region, detect_region(read, spec, spec.detections, plan, region, predict, on_bad))
+        else:
+            with closing(infer_region(read, spec, plan, region, predict, on_bad)) as bands:
+                staged = work.stage(region, bands)
     # Batches are shared with other regions: a size too many is told rather than one too few.
     sizes = sorted(model.sizes.answered() - before, reverse=True) or [model.sizes.now(job.batch_size)]
     counts = {
@@ -146,7 +146,7 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
         "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
         "stages": clock.seconds(),
     }
-    work.mark(region, hashes, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
+    work.mark(region, staged, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
 

@@ -62,7 +62,8 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
 def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job, peak: int) -> Verdict:
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
-    stored = int(height * width * len(spec.classes) * 4 * pyramid)
+    numbers = len(plan.tiles) * spec.features or height * width * len(spec.classes) * pyramid
+    stored = int(numbers * 4)
     memory = run_bound(plan, spec, job, peak, job.readers or core_count())
     return Verdict(entry, info, spec, plan, stored, memory)
 

@@ -136,7 +136,7 @@ def job_options(command: Command) -> Command:
 
 @main.command(epilog=EXIT_CODES)
 @click.argument("slides", nargs=-1, required=True, type=click.Path())
-@click.option("--model", "models", multiple=True, required=True, help="A model's name, folder (local-dir:, hf-hub: of timm's) or factory; several: repeat.")
+@click.option("--model", "models", multiple=True, required=True, help="A model's name, folder or factory; several: repeat.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for results; run again to go on.")
 @job_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")

@@ -266,6 +266,45 @@ def test_a_map_of_every_pixel(tmp_path: Path) -> None:
     np.testing.assert_allclose(model(tiles(2)), tiles(2).transpose(0, 3, 1, 2) / 255, atol=1e-6)
 
 
+def test_features_of_a_tile(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", output={"kind": "features", "features": 2, "classes": None, "activation": "none"})
+    model = load_model(str(folder))
+    assert (model.spec.output, model.spec.classes) == ("features", ())
+    with torch.inference_mode():
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+        direct = seeded()((torch.from_numpy(tiles()).permute(0, 3, 1, 2).float() / 255 - mean) / std).numpy()
+    np.testing.assert_allclose(model(tiles())[:, :, 0, 0], direct, atol=1e-5)
+    wrong = load_model(
+        str(folder_of(tmp_path / "n", output={"kind": "features", "features": 3, "classes": None, "activation": "none"}))
+    )
+    with pytest.raises(ModelError, match="its card names 3 features"):
+        wrong(tiles())
+
+
+def test_detections_in_peaks_of_a_map(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path / "m",
+        data=save({"gain": torch.ones(1)}),
+        weights={"architecture": "tests.networks:Pixels"},
+        input={"mean": [0, 0, 0], "std": [1, 1, 1]},
+        output={
+            "kind": "detections",
+            "form": "peaks",
+            "activation": "none",
+            "nms_px": 3,
+            "margin_px": 5,
+            "classes": [{"name": name, "threshold": 0.9} for name in ("red", "green", "blue")],
+        },
+    )
+    model = load_model(str(folder))
+    assert model.spec.detections == pathology.model.DetectionRule(nms_px=3.0, margin_px=5)
+    assert (model.spec.output, model.spec.output_px, model.spec.display) == ("detections", 4, (0.0, 5000.0))
+    tile = np.full((1, TILE, TILE, 3), 100, np.uint8)
+    tile[0, 7, 9] = (100, 255, 100)
+    (answer,) = model(tile)
+    assert answer[~np.isnan(answer[:, 3])].tolist() == [[7.5, 9.5, 1, 1]]
+
+
 def test_the_shipped_schema_takes_the_cards_that_are_made(tmp_path: Path) -> None:
     schema = json.loads((ROOT / "pathology/models/card.schema.json").read_text())
     jsonschema.Draft7Validator.check_schema(schema)
@@ -283,7 +322,13 @@ def test_the_shipped_schema_takes_the_cards_that_are_made(tmp_path: Path) -> Non
         ({"input": {"std": [0.2, 0, 0.2]}}, "std.* must be bigger than 0"),
         ({"output": {"kind": "mask"}}, r"output.kind must be one of"),
         ({"output": {"classes": [{"name": "a", "color": "#ff0000"}, {"name": "b"}]}}, "some of output.classes have a color"),
-        ({"output": {"output_px": 4}}, "output.output_px is for kind map"),
+        ({"output": {"output_px": 4}}, "output.output_px is for kind map and detections"),
+        ({"output": {"kind": "detections"}}, "output must contain form for kind detections"),
+        ({"output": {"kind": "detections", "form": "boxes", "vertices": 4}}, "output.vertices is for form rows"),
+        ({"output": {"nms_px": 3}}, "output.nms_px is for kind detections"),
+        ({"output": {"kind": "features", "classes": None}}, "output must contain .*'features'"),
+        ({"output": {"kind": "features", "features": 9}}, "output.classes is for kind classes and map and detections"),
+        ({"output": {"classes": None}}, "output must contain .*'classes'"),
         ({"weights": {"file": "../weights.safetensors"}}, r"weights.file must match pattern"),
         ({"weights": {"architecture": None}}, "weights must contain .*'architecture'"),
         ({"top": {"schema": 2}}, "has schema 2, this program knows 1; update the program"),

@@ -213,7 +213,7 @@ def test_a_score_that_is_no_number_is_refused_with_its_place(value: float) -> No
     pixels[32, 48] = 0
     slide, model = array_slide(pixels), Broken(constant(tile_px=16).spec, value)
     plan = plan_for(slide, model.spec, 16, block=4)
-    with pytest.raises(SlideError, match=r"NaN or infinity at heatmap pixel \(2, 3\)") as caught:
+    with pytest.raises(SlideError, match=r"NaN or infinity for the tile in row 2, column 3") as caught:
         heatmap(slide, model, plan)
     assert caught.value.reason is Reason.BAD_SCORES
 

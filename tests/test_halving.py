@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pathology import Box, Job
-from pathology.errors import EnvironmentFault, UsageError
-from pathology.models.halving import halving
+from pathology.errors import EnvironmentFault, ModelError, UsageError
+from pathology.models.halving import halving, ran_out
 from pathology.predictor import Predictor, predict_in_order
 from pathology.result import open_heatmap
 from pathology.runner import run
 from pathology.store import STORE_NAME
+from pathology.testing import marks
 from pipelines.batch import exit_code
 from tests.starving import Starving, starving
 
@@ -100,6 +102,38 @@ def test_no_memory_for_a_single_tile_is_the_machines_fault(tmp_path: Path, queue
     with predictor(model, 8) as made, pytest.raises(EnvironmentFault, match=message):
         list(made.predict(noise(5)))
     assert sizes(tmp_path / "log") == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty, bytearray])
+def test_what_torch_numpy_and_python_say_is_understood(allocate: Callable[[int], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        allocate(2**52)
+    assert ran_out(error.value)
+    assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not ran_out(ModelError("model x is out of memory of its past"))
+
+
+def test_a_detectors_calls_may_find_different_numbers_of_objects() -> None:
+    class Detector:
+        """Answers a tile with as many objects as its first value; of more than two tiles it finds no memory."""
+
+        spec = marks(tile_px=SIDE).spec
+
+        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if len(tiles) > 2:
+                raise MemoryError
+            counts = tiles[:, 0, 0, 0].astype(int)
+            answer = np.full((len(tiles), counts.max(), 4), np.nan, np.float32)
+            for number, count in enumerate(counts):
+                answer[number, :count] = 1
+            return answer
+
+    tiles = np.zeros((5, SIDE, SIDE, 3), np.uint8)
+    tiles[:, 0, 0, 0] = found = [1, 0, 5, 3, 2]
+    answer = halving(Detector())(tiles)
+    assert answer.shape == (5, 5, 4)
+    assert (answer == 1).all(axis=2).sum(axis=1).tolist() == found
+    assert np.isnan(answer).all(axis=2).sum() == 25 - sum(found)
 
 
 # Whole runs

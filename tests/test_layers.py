@@ -34,6 +34,7 @@ ORDER = [
     "pathology.tissue",
     "pathology.areas",
     "pathology.grid",
+    "pathology.detections",
     "pathology.plan",
     "pathology.readers.tiff",
     "pathology.readers.dicom",
@@ -52,6 +53,7 @@ ORDER = [
     "pathology.models.trust",
     "pathology.models.pieces",
     "pathology.models.fold",
+    "pathology.models.objects",
     "pathology.models.network",
     "pathology.models.card",
     "pathology.models.weights",
@@ -75,11 +77,17 @@ ORDER = [
     "pathology.export.colormap",
     "pathology.pyramid",
     "pathology.store",
+    "pathology.features",
     "pathology.result",
     "pathology.export.table",
     "pathology.export.png",
     "pathology.export.qupath",
     "pathology.export",
+    "pathology.outputs.ended",
+    "pathology.outputs.scores",
+    "pathology.outputs.features",
+    "pathology.outputs.detections",
+    "pathology.outputs",
     "pathology.finish",
     "pathology.integrity",
     "pathology.export.result",
@@ -111,14 +119,14 @@ ORDER = [
 UPWARD = {("pathology.slide", "pathology.lazy")}
 
 # Packages imported by every import of a module in them; what they hold is checked as theirs.
-PACKAGES = {"pathology", "pipelines", "pathology.export", "pathology.models", "pathology.readers"}
+PACKAGES = {"pathology", "pipelines", "pathology.export", "pathology.models", "pathology.outputs", "pathology.readers"}
 
 HEAVY = {
     "openslide": ("pathology.readers.",),
     "torch": ("pathology.device", "pathology.models."),
     "distributed": ("pathology.schedule",),
     "dask": ("pathology.schedule", "pathology.result", "pathology.lazy"),
-    "zarr": ("pathology.store", "pathology.pyramid", "pathology.result"),
+    "zarr": ("pathology.store", "pathology.pyramid", "pathology.result", "pathology.features"),
     "pyarrow": ("pathology.export.table",),
     "timm": ("pathology.models.timm_folder",),
     "huggingface_hub": ("pathology.models.hub",),

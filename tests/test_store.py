@@ -401,7 +401,7 @@ def test_open_gives_back_all_that_was_said(tmp_path: Path) -> None:
         assert heatmap.meta == meta
         assert heatmap.path == tmp_path / STORE_NAME
     assert (heatmap.classes, heatmap.spec, heatmap.frame) == (meta.spec.classes, meta.spec, meta.frame)
-    assert heatmap.attrs["schema"] == 1
+    assert heatmap.attrs["schema"] == 2
     assert heatmap.attrs["research_use_only"] is True
     assert heatmap.attrs["frame"]["mpp"] == meta.frame.mpp
     assert heatmap.attrs["provenance"] == meta.provenance
@@ -451,8 +451,8 @@ def test_what_is_no_heatmap_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("zarr.json", lambda j: j["attributes"]["pathology"].update(schema=2), "schema 2, this version reads 1"),
-        ("zarr.json", lambda j: j["attributes"]["pathology"].pop("schema"), "schema None, this version reads 1"),
+        ("zarr.json", lambda j: j["attributes"]["pathology"].update(schema=1), "schema 1, this version reads 2"),
+        ("zarr.json", lambda j: j["attributes"]["pathology"].pop("schema"), "schema None, this version reads 2"),
         ("zarr.json", lambda j: j["attributes"]["pathology"].pop("frame"), "attributes are damaged"),
         ("zarr.json", lambda j: j["attributes"]["pathology"]["model"].update(mpp=1e6), "attributes are damaged"),
         ("zarr.json", lambda j: j["attributes"].update(pathology=[1]), "no heatmap that this program wrote"),

@@ -60,7 +60,15 @@ class Timm(ModuleType):
         self.asked.append({"model_name": name, **arguments})
         if "depth" in arguments:
             raise TypeError("unexpected keyword argument 'depth'")
-        return seeded(arguments.get("num_classes", arguments.get("pretrained_cfg", {}).get("num_classes", 1000)))
+        return network(arguments.get("num_classes", arguments.get("pretrained_cfg", {}).get("num_classes", 1000)))
+
+
+def network(classes: int) -> torch.nn.Module:
+    """As timm makes them: none of the classes stands for the features themselves."""
+    made = seeded(classes or 2)
+    if not classes:
+        made.head = torch.nn.Identity()  # type: ignore[assignment]
+    return made
 
 
 @pytest.fixture
@@ -128,6 +136,20 @@ def test_arguments_say_what_the_folder_does_not(tmp_path: Path, timm: Timm) -> N
     assert (model.spec.name, model.spec.tile_px, model.spec.input_px) == ("mine", 64, SIDE)
     assert (model.spec.classes, model.spec.scores) == (("0", "1"), "value")
     np.testing.assert_allclose(model(noise())[..., 0, 0], by_hand(noise()), atol=1e-6)
+
+
+def test_without_classes_it_answers_features(tmp_path: Path, timm: Timm) -> None:
+    folder = write(tmp_path / "net", num_classes=0)
+    save_file(network(0).state_dict(), folder / "model.safetensors")
+    model = load_model(f"local-dir:{folder}?mpp=0.5")
+    assert (model.spec.output, model.spec.features, model.spec.classes) == ("features", 16, ())
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    with torch.inference_mode():
+        expected = network(0)((torch.from_numpy(noise()).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
+    np.testing.assert_allclose(model(noise())[..., 0, 0], expected, atol=1e-6)
+    other = load_model(f"local-dir:{folder}?mpp=0.5&features=17")  # timm's number is not always that of the answer
+    with pytest.raises(ModelError, match=r"answered \(5, 16\) for 5 tiles, but its card names 17 features"):
+        other(noise())
 
 
 def test_older_configurations_have_no_inner_table(tmp_path: Path) -> None:
@@ -211,7 +233,9 @@ REFUSED: list[tuple[Callable[[Path], object], str, str]] = [
     (changed(architecture="hf-hub:org/other"), WHAT, "has no network 'hf-hub:org/other'"),
     (changed(architecture="local-dir:/tmp"), WHAT, "has no network"),
     (changed(num_classes="two"), WHAT, "num_classes is 'two'"),
-    (changed(num_classes=0), WHAT, "num_classes is 0"),
+    (changed(num_classes=0), WHAT, "classes is no argument of it; it takes mpp, tile_px, name, features"),
+    (changed(num_classes=0, num_features=None), "mpp=1", r"answers features \(num_classes is 0\); say how many"),
+    (changed(num_classes=-1), WHAT, "num_classes is -1"),
     (
         changed(model_args={"depth": 3}),
         WHAT,
@@ -408,6 +432,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"num_classes": 2, "init_values": 1e-5, "dynamic_img_size": True},
     "vit_small_patch16_224": {"num_classes": 2, "img_size": 96},
     "swin_tiny_patch4_window7_224": {"num_classes": 4},
+    "resnet34": {"num_classes": 0},
+    "vit_tiny_patch16_384": {"num_classes": 0, "img_size": 224},
 }
 SCRIPT = """
 import json, sys
@@ -428,7 +454,8 @@ out, networks = Path(sys.argv[1]), json.loads(sys.argv[2])
 for name, arguments in networks.items():
     torch.manual_seed(0)
     save_for_hf(timm.create_model(name, **arguments), out / name, safe_serialization=True)
-    ref = f"local-dir:{out / name}?mpp=0.5&classes=" + ",".join("abcd"[: arguments["num_classes"]])
+    classes = "&classes=" + ",".join("abcd"[: arguments["num_classes"]]) if arguments["num_classes"] else ""
+    ref = f"local-dir:{out / name}?mpp=0.5{classes}"
     ours = load_model(ref)
     assert ours.spec == load_spec(ref)
     side = arguments.get("img_size", 224)
@@ -438,7 +465,8 @@ for name, arguments in networks.items():
     data = timm.data.resolve_model_data_config(theirs)
     mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
-        scores = theirs((torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std).softmax(1).numpy()
+        scores = theirs((torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std)
+        scores = (scores.softmax(1) if classes else scores).numpy()
     assert len(set(scores[:, 0].tolist())) == 4
     print(name, float(np.abs(ours(tiles)[..., 0, 0] - scores).max()))
 """

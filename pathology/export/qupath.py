@@ -1,6 +1,6 @@
-"""Tiles as GeoJSON for QuPath: drag the file onto the opened slide.
+"""Tiles and detections as GeoJSON for QuPath: drag the file onto the opened slide.
 
-Promise: a tile has the same id in every export of the same slide and model, so importing again adds nothing new.
+Promise: an object has the same id in every export of the same slide and model, so importing again adds nothing new.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.detections import Objects
 from pathology.errors import UsageError
 from pathology.export.colormap import class_colors
 from pathology.export.table import CHUNK_ROWS, TileTable
@@ -38,20 +39,61 @@ def write_qupath(path: Path, table: TileTable, spec: ModelSpec, fingerprint: str
         raise UsageError(
             f"table columns {table.columns} are not those of model {spec.name}, {spec.columns()}; export with its own model"
         )
+    _write(path, _tiles(table, spec, fingerprint, bounds))
+
+
+def write_qupath_objects(path: Path, objects: Objects, spec: ModelSpec, fingerprint: str, bounds: Box | None) -> None:
+    """One detection object per row: a point, or the polygon of its outline, classified, with its score as a measurement.
+
+    Parameters as for `write_qupath`.
+    """
+    _write(path, _detections(objects, spec, fingerprint, bounds))
+
+
+def _write(path: Path, features: Iterator[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write('{"type":"FeatureCollection","features":[')
-        for i, feature in enumerate(_features(table, spec, fingerprint, bounds)):
+        for i, feature in enumerate(features):
             file.write(",\n" if i else "\n")
             file.write(json.dumps(feature, separators=(",", ":"), allow_nan=False))
         file.write("\n]}\n")
 
 
-def _features(table: TileTable, spec: ModelSpec, fingerprint: str, bounds: Box | None) -> Iterator[dict[str, Any]]:
+def _classes(spec: ModelSpec) -> list[dict[str, Any]]:
+    colors = class_colors(spec.colors, len(spec.classes))
+    return [{"name": name, "color": list(color)} for name, color in zip(spec.classes, colors, strict=True)]
+
+
+def _id(fingerprint: str, spec: ModelSpec, *place: object) -> str:
+    return str(uuid.uuid5(ID_NAMESPACE, " ".join([fingerprint, spec.name, *map(str, place)])))
+
+
+def _detections(objects: Objects, spec: ModelSpec, fingerprint: str, bounds: Box | None) -> Iterator[dict[str, Any]]:
+    corner = (0, 0) if bounds is None else (bounds.y, bounds.x)
+    classes, rings = _classes(spec), objects.rings()
+    for start in range(0, len(objects), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        # By way of text, as scores of tiles.
+        scores = objects.scores[rows].astype(np.float32).astype(str).astype(np.float64).tolist()
+        numbers, places = objects.classes[rows].tolist(), objects.centres[rows].tolist()
+        centres, outlines = (objects.centres[rows] - corner)[:, ::-1].tolist(), (rings[rows] - corner)[..., ::-1].tolist()
+        for place, number, score, centre, ring in zip(places, numbers, scores, centres, outlines, strict=True):
+            geometry = {"type": "Polygon", "coordinates": [ring]} if ring else {"type": "Point", "coordinates": centre}
+            yield {
+                "type": "Feature",
+                "id": _id(fingerprint, spec, number, *place),
+                "geometry": geometry,
+                "properties": {
+                    "objectType": "detection",
+                    "classification": classes[number],
+                    "measurements": {"score": score},
+                },
+            }
+
+
+def _tiles(table: TileTable, spec: ModelSpec, fingerprint: str, bounds: Box | None) -> Iterator[dict[str, Any]]:
     dy, dx = (0, 0) if bounds is None else (bounds.y, bounds.x)
-    classes = [
-        {"name": name, "color": list(color)}
-        for name, color in zip(spec.classes, class_colors(spec.colors, len(spec.classes)), strict=True)
-    ]
+    classes = _classes(spec)
     for start in range(0, len(table), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         places = np.stack([table.minx[rows], table.miny[rows], table.width[rows], table.height[rows]], axis=1).tolist()
@@ -68,7 +110,7 @@ def _features(table: TileTable, spec: ModelSpec, fingerprint: str, bounds: Box |
             x0, y0, x1, y1 = x - dx, y - dy, x - dx + width, y - dy + height
             yield {
                 "type": "Feature",
-                "id": str(uuid.uuid5(ID_NAMESPACE, f"{fingerprint} {spec.name} {x} {y}")),
+                "id": _id(fingerprint, spec, x, y),
                 "geometry": {"type": "Polygon", "coordinates": [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]]},
                 "properties": properties,
             }

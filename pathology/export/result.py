@@ -8,12 +8,15 @@ from pathlib import Path
 
 from pathology.errors import UsageError
 from pathology.export.png import heatmap_png
-from pathology.export.qupath import write_qupath
-from pathology.export.table import TileTable, read_parquet, write_csv
-from pathology.finish import TILES, read_record
+from pathology.export.qupath import write_qupath, write_qupath_objects
+from pathology.export.table import read_objects, read_parquet, write_csv, write_objects_csv
+from pathology.finish import read_record
 from pathology.geometry import Box
 from pathology.job import slug
+from pathology.outputs.detections import DETECTIONS
+from pathology.outputs.ended import TILES
 from pathology.result import open_heatmap
+from pathology.store import STORE_NAME
 
 KINDS = ("csv", "qupath", "png")
 # A picture of a dense map is made of the finest pyramid level that is no larger.
@@ -23,14 +26,21 @@ PICTURE_SIDE_PX = 8192
 def export_result(folder: Path, kind: str) -> list[Path]:
     """Write `kind` beside the result in `folder`: "csv" tiles.csv, "qupath" tiles.geojson, "png" heatmap-<class>.png.
 
-    Returns the files written. Raises UsageError for another kind, or for a table of a dense map, which has none.
+    Of detections csv and qupath are detections.csv and detections.geojson. Returns the files written. Raises UsageError for
+    another kind, and for one that the model's answers cannot be written as.
     """
     if kind not in KINDS:
         raise UsageError(f"export {kind!r} is unknown; use {', '.join(KINDS)}")
     record = read_record(folder)
     if record is None:
         raise UsageError(f"{folder} holds no finished result; give the --out folder of a run")
+    if kind == "csv" and (folder / TILES).is_file():
+        return [_replace(folder / "tiles.csv", lambda path: write_csv(path, read_parquet(folder / TILES)))]
+    if not (folder / STORE_NAME).is_dir():
+        raise UsageError(f"{folder} holds features and no heatmap; export it as csv")
     heatmap = open_heatmap(folder)
+    bounds = None if record["bounds"] is None else Box(*record["bounds"])
+    fingerprint = heatmap.meta.fingerprint
     if kind == "png":
         fitting = [k for k in range(len(heatmap.arrays)) if max(heatmap.level_shape(k)) <= PICTURE_SIDE_PX]
         level = fitting[0] if fitting else len(heatmap.arrays) - 1
@@ -40,18 +50,16 @@ def export_result(folder: Path, kind: str) -> list[Path]:
             names = [f"heatmap-{i}.png" for i in range(len(names))]
         pictures = [heatmap_png(one, heatmap.spec) for one in scores]
         return [_replace(folder / name, partial(_write, picture)) for name, picture in zip(names, pictures, strict=True)]
-    table = _table(folder)
-    if kind == "csv":
-        return [_replace(folder / "tiles.csv", lambda path: write_csv(path, table))]
-    bounds = None if record["bounds"] is None else Box(*record["bounds"])
-    fingerprint = heatmap.meta.fingerprint
-    return [_replace(folder / "tiles.geojson", lambda path: write_qupath(path, table, heatmap.spec, fingerprint, bounds))]
-
-
-def _table(folder: Path) -> TileTable:
+    if (folder / DETECTIONS).is_file():
+        objects = read_objects(folder / DETECTIONS, heatmap.classes)
+        if kind == "csv":
+            return [_replace(folder / "detections.csv", lambda path: write_objects_csv(path, objects, heatmap.classes))]
+        write = partial(write_qupath_objects, objects=objects, spec=heatmap.spec, fingerprint=fingerprint, bounds=bounds)
+        return [_replace(folder / "detections.geojson", write)]
     if not (folder / TILES).is_file():
         raise UsageError(f"{folder} has no {TILES}: the model answers a dense map; export it as png")
-    return read_parquet(folder / TILES)
+    table = read_parquet(folder / TILES)
+    return [_replace(folder / "tiles.geojson", lambda path: write_qupath(path, table, heatmap.spec, fingerprint, bounds))]
 
 
 def _write(data: bytes, path: Path) -> None:

@@ -6,13 +6,15 @@ Promise: a row's rectangle has whole level-0 pixels, and its centre lies less th
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.detections import Objects
 from pathology.errors import UsageError
 from pathology.grid import TileGrid
 
@@ -123,12 +125,81 @@ def read_parquet(path: Path) -> TileTable:
     return TileTable(minx, miny, width, height, coverage, scores, names)
 
 
+def write_objects(path: Path, objects: Objects, classes: Sequence[str]) -> None:
+    """Columns x, y (float64, continuous level-0 px), class (text), score (float32), and of outlines x, y of each vertex."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vertices = objects.outlines.shape[1]
+    columns: dict[str, Any] = {
+        "x": pa.array(objects.centres[:, 1]),
+        "y": pa.array(objects.centres[:, 0]),
+        "class": pa.DictionaryArray.from_arrays(
+            pa.array(objects.classes.astype(np.int32)), pa.array(list(classes), pa.string())
+        ),
+        "score": pa.array(objects.scores.astype(np.float32)),
+    }
+    if vertices:
+        flat = np.ascontiguousarray(objects.outlines[..., ::-1]).reshape(-1)
+        columns["outline"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), 2 * vertices)
+    fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    units = "x, y, outline (x, y of each vertex): continuous level-0 px"
+    schema = pa.schema(fields, metadata={"schema": str(SCHEMA), "kind": "detections", "units": units})
+    pq.write_table(pa.Table.from_arrays(list(columns.values()), schema=schema), path, compression="zstd")
+
+
+def read_objects(path: Path, classes: Sequence[str]) -> Objects:
+    """What `write_objects` wrote. Raises UsageError for a file of another kind or schema version, and for other classes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid:
+        raise UsageError(f"{path.name} is no Parquet file; make the result again") from None
+    about = table.schema.metadata or {}
+    if about.get(b"schema") != str(SCHEMA).encode() or about.get(b"kind") != b"detections":
+        raise UsageError(f"{path.name} is no table of detections of schema {SCHEMA}; write it again with this version")
+    number = {name: i for i, name in enumerate(classes)}
+    names = table["class"].to_pylist()
+    if unknown := set(names) - set(number):
+        raise UsageError(f"{path.name} has the class {sorted(unknown)[0]!r}, which its model has not; make the result again")
+    count = table.num_rows
+    outlines = np.empty((count, 0, 2))
+    if "outline" in table.column_names:
+        flat = table["outline"].combine_chunks().flatten().to_numpy()
+        outlines = (
+            flat.reshape(count, -1, 2)[..., ::-1]
+            if count
+            else np.empty((0, table.schema.field("outline").type.list_size // 2, 2))
+        )
+    return Objects(
+        np.stack([table["y"].to_numpy(), table["x"].to_numpy()], axis=1),
+        np.array([number[name] for name in names], np.int64),
+        table["score"].to_numpy().astype(np.float64),
+        np.zeros(count, bool),
+        outlines,
+    )
+
+
 def write_csv(path: Path, table: TileTable) -> None:
     """The same columns as text: numbers with as many digits as float32 needs, NaN as an empty field."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow((*PLACE_COLUMNS, *table.columns))
         writer.writerows(_rows_as_text(table))
+
+
+def write_objects_csv(path: Path, objects: Objects, classes: Sequence[str]) -> None:
+    """The columns of `write_objects` as text; outlines as WKT polygons, boxes by their corners."""
+    outlined = objects.outlines.shape[1] > 0
+    scores = objects.scores.astype(np.float32).astype(str)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("x", "y", "class", "score", *(("outline",) if outlined else ())))
+        for (y, x), number, score, ring in zip(objects.centres.tolist(), objects.classes, scores, objects.rings(), strict=True):
+            text = ", ".join(f"{across} {down}" for down, across in ring.tolist())
+            writer.writerow((x, y, classes[number], score, *((f"POLYGON (({text}))",) if outlined else ())))
 
 
 def _rows_as_text(table: TileTable) -> Iterator[list[str]]:

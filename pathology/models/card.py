@@ -18,10 +18,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology.errors import ModelError
-from pathology.model import ModelSpec, ReadRule
+from pathology.model import DetectionRule, ModelSpec, ReadRule
 from pathology.models.network import Activation, Colour
+from pathology.models.objects import Form
 
 CARD = "model.toml"
+# Fields of an output that are not for every kind.
+KINDS = {
+    "classes": ("classes", "map", "detections"),
+    "features": ("features",),
+    "output_px": ("map", "detections"),
+    "margin_px": ("map", "detections"),
+    **dict.fromkeys(("form", "vertices", "most", "nms_px", "nms_iou"), ("detections",)),
+}
+# Pixels across a tile, and the range of colours in objects per mm2, of a heatmap of density, where a card does not say.
+DENSITY_PX, DENSITY_DISPLAY = 4, (0, 5000)
 Format = Literal["safetensors", "onnx", "torchscript", "pt2"]
 
 
@@ -44,6 +55,7 @@ class Card:
     weights: Weights
     sha256: str
     activation: Activation
+    form: Form
     channels: Literal["rgb", "bgr"]
     mean: Colour
     std: Colour
@@ -77,7 +89,7 @@ def toml_value(value: Any) -> str:
 
 def _card(content: Mapping[str, Any], sha256: str) -> Card:
     weights, given, answer = Weights(**content["weights"]), content["input"], content["output"]
-    classes = answer["classes"]
+    kind, classes = answer["kind"], answer.get("classes", [])
     input_px = given.get("input_px", given["tile_px"])
     colors = tuple(c.get("color", "") for c in classes)
     thresholds = tuple(float(c.get("threshold", 0.5)) for c in classes)
@@ -94,13 +106,15 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         mpp=float(given["mpp"]),
         tile_px=given["tile_px"],
         input_px=input_px,
-        output_px=answer.get("output_px", input_px) if answer["kind"] == "map" else 1,
+        output_px=answer.get("output_px", {"map": input_px, "detections": DENSITY_PX}.get(kind, 1)),
         scores=answer.get("scores", "value" if answer["activation"] == "none" else "probability"),
         units=answer.get("units", ""),
         threshold=thresholds,
         colors=colors if all(colors) else (),
-        display=tuple(float(v) for v in answer.get("display", (0, 1))),  # type: ignore[arg-type]  # two, by the schema
-        margin_px=answer.get("margin_px", 0),
+        display=tuple(float(v) for v in answer.get("display", DENSITY_DISPLAY if kind == "detections" else (0, 1))),  # type: ignore[arg-type]  # two, by the schema
+        margin_px=answer.get("margin_px", 0) if kind == "map" else 0,
+        features=answer.get("features", 0),
+        detections=_detections(answer) if kind == "detections" else None,
         read=ReadRule(given.get("level", "best"), given.get("margin", True), given.get("filter", "area")),
     )
     return Card(
@@ -108,10 +122,17 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         weights,
         sha256,
         answer["activation"],
+        answer.get("form", "peaks"),
         given.get("channels", "rgb"),
         (mean[0], mean[1], mean[2]),
         (std[0], std[1], std[2]),
     )
+
+
+def _detections(answer: Mapping[str, Any]) -> DetectionRule:
+    given = {name: answer[name] for name in ("most", "nms_px", "nms_iou", "margin_px") if name in answer}
+    vertices = {"peaks": 0, "boxes": 2}.get(answer["form"], answer.get("vertices", 0))
+    return DetectionRule(vertices=vertices, **given)
 
 
 def _refusal(content: Mapping[str, Any]) -> str:
@@ -122,15 +143,21 @@ def _refusal(content: Mapping[str, Any]) -> str:
         _validate()(content)
     except fastjsonschema.JsonSchemaException as error:
         return str(error).replace("data.", "", 1).replace("data ", "the card ", 1)
-    numbers = (*content["input"].get("mean", ()), *content["input"].get("std", ()), *content["output"].get("display", ()))
-    if not all(math.isfinite(n) for n in (*numbers, *(c.get("threshold", 0) for c in content["output"]["classes"]))):
+    given, answer = content["input"], content["output"]
+    classes = answer.get("classes", [])
+    numbers = (*given.get("mean", ()), *given.get("std", ()), *answer.get("display", ()))
+    if not all(math.isfinite(n) for n in (*numbers, *(c.get("threshold", 0) for c in classes))):
         return "a number is NaN or infinite"
-    colors = [c for c in content["output"]["classes"] if "color" in c]
-    if colors and len(colors) < len(content["output"]["classes"]):
+    colors = [c for c in classes if "color" in c]
+    if colors and len(colors) < len(classes):
         return "some of output.classes have a color and some have none"
-    for name in ("output_px", "margin_px"):
-        if name in content["output"] and content["output"]["kind"] != "map":
-            return f"output.{name} is for kind map"
+    for name, kinds in KINDS.items():
+        if name in answer and answer["kind"] not in kinds:
+            return f"output.{name} is for kind {' and '.join(kinds)}"
+    if answer["kind"] == "detections" and "form" not in answer:
+        return "output must contain form for kind detections"
+    if "vertices" in answer and answer["form"] != "rows":
+        return "output.vertices is for form rows"
     return ""
 
 

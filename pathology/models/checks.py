@@ -10,18 +10,41 @@ from pathology.model import Model, ModelSpec
 
 
 def check_scores(spec: ModelSpec, batch: int, scores: object) -> None:
-    """Raise ModelError unless `scores` is the float32 array (batch, classes, output_px, output_px) that the card promises."""
-    expected = (batch, len(spec.classes), spec.output_px, spec.output_px)
+    """Raise ModelError unless `scores` is the float32 array that the card promises: `spec.answer_shape(batch)`."""
+    expected = spec.answer_shape(batch)
     if not isinstance(scores, np.ndarray):
         raise ModelError(
             f"model {spec.name} answered a {type(scores).__name__}; a model answers a numpy array, float32 {expected}"
         )
-    if scores.shape != expected:
+    fewer = spec.detections is not None and scores.ndim == 3 and scores.shape[1] < expected[1]
+    if scores.shape != ((batch, scores.shape[1], *expected[2:]) if fewer else expected):
         raise ModelError(
             f"model {spec.name} answered shape {scores.shape}, its card says {expected}; correct the card or the model"
         )
     if scores.dtype != np.float32:
         raise ModelError(f"model {spec.name} answered {scores.dtype}; a model answers float32: convert its answer")
+
+
+def unsound(spec: ModelSpec, answer: NDArray[np.float32]) -> str:
+    """What in answers must not reach a result, "" if nothing: NaN, infinity, and of a detector unknown classes.
+
+    Rows of NaN are no objects.
+    """
+    if spec.detections is None:
+        return "" if np.isfinite(answer).all() else "NaN or infinity"
+    rows = answer[~np.isnan(answer).all(axis=-1)]
+    if not np.isfinite(rows).all():
+        return "NaN or infinity"
+    if not np.isin(rows[:, 2], np.arange(len(spec.classes))).all():
+        return f"a class that is none of 0 to {len(spec.classes) - 1}"
+    return ""
+
+
+def crowded(spec: ModelSpec, answer: NDArray[np.float32]) -> str:
+    """Whether a detector's answer for one tile is as full as its card allows, so that objects may be missing; "" if not."""
+    most = 0 if spec.detections is None else spec.detections.most
+    full = most and int((~np.isnan(answer).all(axis=1)).sum()) >= most
+    return f"{most} objects, as many as its card allows (`most`)," if full else ""
 
 
 def warm_up(model: Model, batch_size: int) -> None:
@@ -38,9 +61,9 @@ def warm_up(model: Model, batch_size: int) -> None:
     except Exception as error:  # a model's own code
         raise ModelError(f"model {spec.name} failed on made-up tiles: {type(error).__name__}: {one_line(error)}") from error
     check_scores(spec, batch_size, scores)
-    if not np.isfinite(scores).all():
-        raise ModelError(f"model {spec.name} answered NaN or infinity for a made-up tile; correct the model")
-    if spec.scores == "probability" and (scores.min() < 0 or scores.max() > 1):
+    if what := unsound(spec, scores):
+        raise ModelError(f"model {spec.name} answered {what} for a made-up tile; correct the model")
+    if spec.detections is None and spec.scores == "probability" and (scores.min() < 0 or scores.max() > 1):
         raise ModelError(
             f"model {spec.name} answered {scores.min():g} to {scores.max():g}, but its card says probabilities; "
             'apply its activation, or state scores="value"'

@@ -45,6 +45,7 @@ def load(folder: Path, device: str, precision: Precision = "fp32", compile: bool
         mean=mean,
         std=std,
         activation=card.activation,
+        form=card.form,
         device=device,
         precision=precision,
         compile=compile,

@@ -66,12 +66,14 @@ class Sizes:
             return self._answered.copy()
 
     def joined(self, parts: Sequence[NDArray[np.float32]], size: int, batch: int) -> NDArray[np.float32]:
-        """(batch, C, h, w): the answers to a batch's calls without those to padding."""
+        """`spec.answer_shape(batch)`: the answers to a batch's calls without those to padding."""
         self.count(size)
         if len(parts) == 1:
             return parts[0]
         for part in parts:
             check_scores(self._spec, size, part)
+        if self._spec.detections is not None:
+            parts = _as_many_rows(parts)
         return np.concatenate(parts)[:batch]
 
 
@@ -84,7 +86,7 @@ class HalvingModel:
         self.sizes = Sizes(inner.spec)
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores."""
+        """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`."""
         while True:
             size = self.sizes.now(len(tiles))
             try:
@@ -137,7 +139,7 @@ class HalvingAnswer:
         self._answers = answers
 
     def result(self) -> NDArray[np.float32]:
-        """(B, C, output_px, output_px) float32, once they are there."""
+        """Float32 of `spec.answer_shape(B)`, once it is there."""
         sizes = self._model.sizes
         while True:
             try:
@@ -165,3 +167,10 @@ def _cut(tiles: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
         last[: len(tiles) - whole] = tiles[whole:]
         parts.append(last)
     return parts
+
+
+def _as_many_rows(parts: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """A detector's answers, (B, N, columns), with rows of NaN, which are no objects, up to the same N."""
+    most = max(part.shape[1] for part in parts)
+    gaps = [((0, 0), (0, most - part.shape[1]), (0, 0)) for part in parts]
+    return [np.pad(part, gap, constant_values=np.nan) for part, gap in zip(parts, gaps, strict=True)]

@@ -22,6 +22,7 @@ from pathology.errors import ModelError, OutOfMemory
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models.fold import folded
+from pathology.models.objects import Form, object_rows
 from pathology.models.pieces import Crew, piece_tiles, twin
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ class TorchNetwork:
     """A torch module on one device, called synchronously.
 
     network      a Module or ScriptModule that takes (B, 3, input_px, input_px) float32 and answers logits or values,
-                 (B, C) or (B, C, output_px, output_px)
+                 (B, C) or (B, C, output_px, output_px), features (B, D), or objects in some `form`
     mean, std    of each channel of 0..1 colours
     activation   over the classes, in float32 whatever the precision
+    form         of a detector: how its answer names objects
     precision    bf16 and fp16 compute convolutions and products in that type, norms and sums in float32 (autocast)
     compile      torch.compile the network at its first call
     """
@@ -56,6 +58,7 @@ class TorchNetwork:
         mean: Colour = (0.0, 0.0, 0.0),
         std: Colour = (1.0, 1.0, 1.0),
         activation: Activation = "none",
+        form: Form = "peaks",
         device: str = "cpu",
         precision: Precision = "fp32",
         compile: bool = False,
@@ -66,6 +69,7 @@ class TorchNetwork:
         self.spec = spec
         self.device = torch.device(device)
         self._activation = activation
+        self._form: Form = form
         self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._network: Any = network.eval().to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._scripted = isinstance(network, torch.jit.ScriptModule)
@@ -91,14 +95,14 @@ class TorchNetwork:
         self._own = threading.local()
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores."""
+        """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`."""
         import torch
 
         if self.device.type != "cpu":
             with torch.inference_mode():
                 return _array(self.scores(torch.from_numpy(tiles).to(self.device)).cpu())
-        side, size = self.spec.output_px, piece_tiles(len(tiles), self.spec.input_px)
-        scores = np.empty((len(tiles), len(self.spec.classes), side, side), np.float32)
+        size = piece_tiles(len(tiles), self.spec.input_px)
+        scores = np.empty(self.spec.answer_shape(len(tiles)), np.float32)
 
         def compute(first: int) -> None:
             with torch.inference_mode():
@@ -109,7 +113,7 @@ class TorchNetwork:
         return scores
 
     def scores(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(B, S, S, 3) uint8 on the device -> (B, C, h, w) float32 there; for any device but the CPU."""
+        """(B, S, S, 3) uint8 on the device -> float32 of `spec.answer_shape(B)` there; for any device but the CPU."""
         import torch
 
         with torch.inference_mode():
@@ -132,7 +136,7 @@ class TorchNetwork:
         return normal.permute(0, 3, 1, 2)
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) float32 -> (B, C, h, w) float32 after the activation. ModelError where the network breaks its card."""
+        """(B, 3, S, S) float32 -> the answer, after the activation. ModelError where the network breaks its card."""
         import torch
 
         try:
@@ -150,21 +154,26 @@ class TorchNetwork:
                 f"model {self.spec.name} cannot be compiled: {type(error).__name__}: {_line(error)}; leave out --compile"
             ) from error
         self._compiling = False
-        count, classes, side = len(batch), len(self.spec.classes), self.spec.output_px
+        count, classes, side = len(batch), self.spec.channels, self.spec.output_px
+        rule = self.spec.detections
+        if rule is not None and isinstance(logits, torch.Tensor):
+            answer = self._activated(logits.to(torch.float32)) if self._form == "peaks" else logits.to(torch.float32)
+            return object_rows(answer, self._form, self.spec, rule)
         shapes = [(count, classes, side, side)] + [(count, classes)] * (side == 1)
         if not isinstance(logits, torch.Tensor) or logits.shape not in shapes:
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
             maps = f" of {side} x {side} px" if side > 1 else ""
+            kind = "features" if self.spec.features else "classes"
             raise ModelError(
-                f"model {self.spec.name} answered {got} for {count} tiles, but its card names {classes} classes{maps}; "
+                f"model {self.spec.name} answered {got} for {count} tiles, but its card names {classes} {kind}{maps}; "
                 "correct the card"
             )
-        scores = logits.to(torch.float32)
+        return self._activated(logits.to(torch.float32)).view(count, classes, side, side)
+
+    def _activated(self, logits: torch.Tensor) -> torch.Tensor:
         if self._activation == "softmax":
-            scores = scores.softmax(dim=1)
-        elif self._activation == "sigmoid":
-            scores = scores.sigmoid()
-        return scores.view(count, classes, side, side)
+            return logits.softmax(dim=1)
+        return logits.sigmoid() if self._activation == "sigmoid" else logits
 
     def _network_here(self) -> Any:
         """The network for this thread: pieces are computed side by side, and a forward may keep things in its module."""
@@ -212,7 +221,7 @@ class QueuedNetwork:
         self._count = 0
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, input_px, input_px, 3) uint8 RGB -> (B, C, output_px, output_px) float32 scores, waited for."""
+        """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`, waited for."""
         return self.submit(tiles).result()
 
     def staging(self, batch_size: int) -> NDArray[np.uint8]:
@@ -228,8 +237,7 @@ class QueuedNetwork:
         upload, compute, download = self._queues.upload, self._queues.compute, self._queues.download
         slot = self._slot(tiles.shape)
         source = torch.from_numpy(tiles)
-        side = self.spec.output_px
-        answer = self._queues.pinned((len(tiles), len(self.spec.classes), side, side), "float32")
+        answer = self._queues.pinned(self.spec.answer_shape(len(tiles)), "float32")
 
         def forward() -> None:
             slot.scores = self._network.scores(slot.tiles).contiguous()
@@ -276,7 +284,7 @@ class Download:
         self._done = done
 
     def result(self) -> NDArray[np.float32]:
-        """(B, C, output_px, output_px) float32, once they are there."""
+        """The answer, float32, once it is there."""
         self._done.synchronize()
         return _array(self._answer)
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 LOCAL, HUB = "local-dir:", "hf-hub:"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FACTORY = "timm:create_model"
-TAKES = ("mpp", "tile_px", "name", "classes", "activation")
+TAKES = ("mpp", "tile_px", "name")
+# Besides, a classifier takes the first two, and a network without classes, which answers features, their number.
+OF_CLASSES, OF_FEATURES = ("classes", "activation"), ("features",)
 
 # Arguments of timm.create_model that open or fetch files, or make another thing of the network than its answer.
 NOT_ARGUMENTS = {
@@ -59,13 +61,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a valid `config.json` says. `sha256` is that of its bytes; `pretrained` what of its pretrained_cfg builds."""
+    """What a valid `config.json` says. `sha256` is that of its bytes; `pretrained` what of its pretrained_cfg builds.
+
+    count     classes; 0 of a network that answers `features`, whose number may be 0 where it is not said
+    """
 
     sha256: str
     architecture: str
     arguments: Mapping[str, Any]
     pretrained: Mapping[str, Any]
     count: int
+    features: int
     labels: tuple[str, ...]
     input_px: int
     mean: Colour
@@ -144,6 +150,7 @@ def read_config(folder: Path) -> Config:
     sides: list[Any] = input_px if isinstance(input_px, list) else [input_px]
     if not 1 <= len(sides) <= 2 or not all(map(_count, sides)) or len(set(sides)) != 1:
         raise _wrong(folder, f"img_size is {input_px!r}", "give one side, or two equal ones")
+    features: Any = content.get("num_features", inner.get("num_features"))
     labels = content.get("label_names", inner.get("label_names", inner.get("labels")))
     known = labels if isinstance(labels, list) and all(isinstance(label, str) and label for label in labels) else []
     side: int = sides[0]
@@ -153,6 +160,7 @@ def read_config(folder: Path) -> Config:
         arguments,
         {**{key: inner[key] for key in BUILDS if key in inner}, "num_classes": count},
         count,
+        features if _count(features) else 0,
         tuple(known) if len(known) == count else (),
         side,
         _colour(folder, inner, "mean", MEAN),
@@ -161,8 +169,9 @@ def read_config(folder: Path) -> Config:
 
 
 def _spec(name: str, config: Config, arguments: Mapping[str, Argument], weights_sha256: str) -> ModelSpec:
-    if unknown := sorted(arguments.keys() - set(TAKES)):
-        raise ModelError(f"model {name}: {unknown[0]} is no argument of it; it takes {', '.join(TAKES)}")
+    takes = TAKES + (OF_CLASSES if config.count else OF_FEATURES)
+    if unknown := sorted(arguments.keys() - set(takes)):
+        raise ModelError(f"model {name}: {unknown[0]} is no argument of it; it takes {', '.join(takes)}")
     mpp, tile_px = arguments.get("mpp"), arguments.get("tile_px", config.input_px)
     if mpp is None:
         raise ModelError(f"model {name} does not say for which resolution it is made; add it, in um per px: {name}?mpp=0.5")
@@ -175,17 +184,23 @@ def _spec(name: str, config: Config, arguments: Mapping[str, Argument], weights_
         name=slug(str(arguments.get("name", Path(name.partition(":")[2].partition("@")[0]).name))),
         # What is said of it decides answers as much as the weights do.
         sha256=hashlib.sha256(json.dumps([weights_sha256, config.sha256, sorted(arguments.items())]).encode()).hexdigest(),
-        classes=_classes(name, config, arguments),
+        classes=_classes(name, config, arguments) if config.count else (),
         mpp=float(mpp),
         tile_px=tile_px,
         input_px=config.input_px,
         scores="value" if activation == "none" else "probability",
+        features=0 if config.count else _features(name, config, arguments),
     )
 
 
+def _features(name: str, config: Config, arguments: Mapping[str, Argument]) -> int:
+    features = arguments.get("features", config.features)
+    if not isinstance(features, int) or features < 1:
+        raise ModelError(f"model {name} answers features (num_classes is 0); say how many: {name}?features=768")
+    return features
+
+
 def _classes(name: str, config: Config, arguments: Mapping[str, Argument]) -> tuple[str, ...]:
-    if config.count == 0:
-        raise ModelError(f"model {name} has no classes (num_classes is 0): it answers features, which are not computed here")
     if "classes" not in arguments and config.labels:
         return config.labels
     classes = tuple(c.strip() for c in str(arguments.get("classes", "")).split(",") if c.strip())
@@ -196,6 +211,8 @@ def _classes(name: str, config: Config, arguments: Mapping[str, Argument]) -> tu
 
 
 def _activation(name: str, config: Config, arguments: Mapping[str, Argument]) -> Activation:
+    if not config.count:
+        return "none"
     activation = arguments.get("activation", "softmax" if config.count > 1 else "sigmoid")
     for known in get_args(Activation):
         if activation == known:
