@@ -109,6 +109,8 @@ def test_what_torch_numpy_and_python_say_is_understood(allocate: Callable[[int],
     with pytest.raises((RuntimeError, MemoryError)) as error:
         allocate(2**52)
     assert ran_out(error.value)
+    assert ran_out(RuntimeError("could not create a primitive"))
+    assert not ran_out(RuntimeError("could not create a primitive descriptor for a convolution"))
     assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not ran_out(ModelError("model x is out of memory of its past"))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,11 @@ from pathology.errors import EnvironmentFault, OutOfMemory, PathologyError, one_
 from pathology.model import Answer, Model, ModelSpec, QueuedModel
 from pathology.models.checks import check_scores
 
-# How torch's allocators, its libraries and ONNX say that there is no memory, where they have no type of error for it.
-RAN_OUT = re.compile(r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Failed to allocate memory|bad_alloc", re.I)
+# How torch's allocators, its libraries (the last is oneDNN) and ONNX say that there is no memory, without a type for it.
+RAN_OUT = re.compile(
+    r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Failed to allocate memory|bad_alloc|could not create a primitive$",
+    re.IGNORECASE,
+)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -56,25 +59,28 @@ class Sizes:
         with self._lock:
             self._most = min(self._most or size, size // 2)
 
-    def count(self, size: int) -> None:
-        with self._lock:
-            self._answered[size] += 1
-
     def answered(self) -> Counter[int]:
         """How many batches were answered so far, by the tiles of their calls."""
         with self._lock:
             return self._answered.copy()
 
-    def joined(self, parts: Sequence[NDArray[np.float32]], size: int, batch: int) -> NDArray[np.float32]:
-        """`spec.answer_shape(batch)`: the answers to a batch's calls without those to padding."""
-        self.count(size)
-        if len(parts) == 1:
-            return parts[0]
-        for part in parts:
-            check_scores(self._spec, size, part)
-        if self._spec.detections is not None:
-            parts = _as_many_rows(parts)
-        return np.concatenate(parts)[:batch]
+    def joined(self, parts: Iterable[NDArray[np.float32]], size: int, batch: int) -> NDArray[np.float32]:
+        """`spec.answer_shape(batch)`: the answers to a batch's calls, as they come, without those to padding."""
+        if size == batch:
+            (scores,) = parts
+        elif self._spec.detections is not None:
+            scores = np.concatenate(_as_many_rows([self._checked(part, size) for part in parts]))[:batch]
+        else:
+            scores = np.empty(self._spec.answer_shape(batch), np.float32)
+            for first, part in zip(range(0, batch, size), parts, strict=True):
+                scores[first : first + size] = self._checked(part, size)[: batch - first]
+        with self._lock:
+            self._answered[size] += 1
+        return scores
+
+    def _checked(self, part: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+        check_scores(self._spec, size, part)
+        return part
 
 
 class HalvingModel:
@@ -90,11 +96,9 @@ class HalvingModel:
         while True:
             size = self.sizes.now(len(tiles))
             try:
-                parts = [self.inner(part) for part in _cut(tiles, size)]
+                return self.sizes.joined((self.inner(part) for part in _cut(tiles, size)), size, len(tiles))
             except Exception as error:
                 self.sizes.halve(size, error)
-            else:
-                return self.sizes.joined(parts, size, len(tiles))
             free_cached()  # once the error is gone: with its traceback it keeps what the failed call had
 
 
@@ -143,11 +147,9 @@ class HalvingAnswer:
         sizes = self._model.sizes
         while True:
             try:
-                parts = [answer.result() for answer in self._answers]
+                return sizes.joined((answer.result() for answer in self._answers), self._size, len(self._tiles))
             except Exception as error:
                 sizes.halve(self._size, error)
-            else:
-                return sizes.joined(parts, self._size, len(self._tiles))
             self._answers = []
             free_cached()
             self._size, self._answers = self._model.begin(self._tiles)
@@ -158,15 +160,15 @@ def halving(model: Model) -> HalvingModel | QueuedHalvingModel:
     return QueuedHalvingModel(model) if isinstance(model, QueuedModel) else HalvingModel(model)
 
 
-def _cut(tiles: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
+def _cut(tiles: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:
     """A batch in parts of `size` tiles each, the last one padded: equal shapes are what makes equal bits."""
     whole = len(tiles) - len(tiles) % size
-    parts = [tiles[first : first + size] for first in range(0, whole, size)]
+    for first in range(0, whole, size):
+        yield tiles[first : first + size]
     if whole < len(tiles):
         last = np.zeros((size, *tiles.shape[1:]), tiles.dtype)
         last[: len(tiles) - whole] = tiles[whole:]
-        parts.append(last)
-    return parts
+        yield last
 
 
 def _as_many_rows(parts: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
