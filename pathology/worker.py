@@ -34,6 +34,7 @@ from pathology.models import load_model
 from pathology.models.checks import warm_up
 from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
 from pathology.models.pieces import piece_tiles
+from pathology.models.pool import pooled
 from pathology.plan import Plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.threads import Split, measure_model, split_threads
@@ -55,7 +56,7 @@ _kept = _Kept()
 
 def model_of(job: Job) -> tuple[object, ...]:
     """What decides how a job's model is run: jobs for which it is equal share one check."""
-    return (job.model, job.device, job.precision, job.compile, job.batch_size, job.threads, job.readers)
+    return (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size, job.threads, job.readers)
 
 
 def check_model(job: Job) -> ModelSpec:
@@ -74,7 +75,7 @@ def find_batch_size(job: Job, processes: int = 1) -> int:
 
     def find() -> int:
         # Each size tried would be compiled, and torch gives up compiling after a few.
-        plain = load_model(job.model, job.device, job.precision) if job.compile else model
+        plain = pooled(load_model(job.model, job.device, job.precision), job.heatmap_mpp) if job.compile else model
         return choose_batch(plain, job.device, job.threads or max(1, core_count() // processes), job.memory)
 
     return _kept_number(job, "batch", model.spec, [job.device, job.precision, job.compile], find)
@@ -175,10 +176,11 @@ def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
         if _kept.threads != job.threads:
             set_threads(job.threads or 1)  # one while it is measured how many there should be
             _kept.threads = job.threads
-        name = (job.model, job.device, job.precision, job.compile)
+        name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp)
         if name not in _kept.models:
-            model = _kept.models[name] = halving(load_model(job.model, job.device, job.precision, job.compile))
+            model = load_model(job.model, job.device, job.precision, job.compile)
             slide_worker.cards[job.model] = model.spec
+            _kept.models[name] = halving(pooled(model, job.heatmap_mpp))
         return _kept.models[name]
 
 
@@ -193,7 +195,7 @@ def _predict(job: Job, in_order: bool) -> Predict:
     if in_order:
         return functools.partial(predict_in_order, model, job.batch_size)
     with _kept.lock:
-        name = (job.model, job.device, job.precision, job.compile, job.batch_size)
+        name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size)
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
         return _kept.predictors[name].predict

@@ -19,7 +19,8 @@ from pathology.models.checks import check_scores
 
 # How torch's allocators, its libraries (the last is oneDNN) and ONNX say that there is no memory, without a type for it.
 RAN_OUT = re.compile(
-    r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Failed to allocate memory|bad_alloc|could not create a primitive$",
+    r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED|failed to allocate memory|bad_alloc"
+    r"|could not create a primitive$",
     re.IGNORECASE,
 )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.encoding import Dtype, choose_encoding
 from pathology.export.png import overlay_l0_pixel, overlay_png
 from pathology.geometry import Box
 from pathology.model import ModelSpec
@@ -27,6 +28,7 @@ class Ended:
     """What a result is made of.
 
     bad_tiles  (m, 2) int32 row, col of the plan's tiles that could not be read
+    dtype      of a dense map's store
     """
 
     work: Work
@@ -34,6 +36,7 @@ class Ended:
     slide: Slide
     spec: ModelSpec
     bad_tiles: NDArray[np.int32]
+    dtype: Dtype | Literal["auto"] = "auto"
 
     @property
     def answered(self) -> NDArray[np.bool_]:
@@ -48,7 +51,10 @@ class Ended:
         from pathology.store import HeatmapMeta
 
         grid, provenance = self.plan.grid, {"key": self.work.key, "fields": self.work.fields}
-        return HeatmapMeta(self.plan.frame, spec, grid.tile_px, grid.stride_px, self.slide.info.fingerprint, provenance)
+        encoding = choose_encoding(self.spec, self.dtype)
+        return HeatmapMeta(
+            self.plan.frame, spec, grid.tile_px, grid.stride_px, self.slide.info.fingerprint, provenance, encoding
+        )
 
 
 def overlay(slide: Slide, heatmap: Heatmap) -> bytes:
