@@ -22,9 +22,9 @@ from pathology.predictor import Predictor, predict_in_order
 from pathology.result import open_heatmap
 from pathology.runner import run
 from pathology.store import STORE_NAME
-from pathology.testing import marks
+from pathology.testing import marks, mean_colour
 from pipelines.batch import exit_code
-from tests.starving import Starving, starving
+from tests.starving import Done, Starving, starving
 
 SIDE = 8
 JOIN_S = 30
@@ -113,6 +113,32 @@ def test_what_torch_numpy_and_python_say_is_understood(allocate: Callable[[int],
     assert not ran_out(RuntimeError("could not create a primitive descriptor for a convolution"))
     assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not ran_out(ModelError("model x is out of memory of its past"))
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_what_travels_beside_tiles_is_cut_with_them(queued: bool) -> None:
+    class Beside:
+        """Answers a tile's mean colour plus the sum of what is given beside it; has memory for two tiles."""
+
+        spec = mean_colour(tile_px=SIDE).spec
+
+        def __call__(self, tiles: NDArray[np.uint8], beside: NDArray[np.float32]) -> NDArray[np.float32]:
+            if len(tiles) > 2:
+                raise MemoryError
+            assert beside.shape == (len(tiles), 3)
+            return mean_colour(tile_px=SIDE)(tiles) + beside.sum(axis=1)[:, None, None, None]
+
+    class QueuedBeside(Beside):
+        def staging(self, batch_size: int) -> NDArray[np.uint8]:
+            return np.zeros((batch_size, SIDE, SIDE, 3), np.uint8)
+
+        def submit(self, tiles: NDArray[np.uint8], beside: NDArray[np.float32]) -> Done:
+            return Done(self(tiles, beside))
+
+    tiles = np.stack(noise(7))
+    beside = np.random.default_rng(2).random((7, 3), np.float32)
+    expected = mean_colour(tile_px=SIDE)(tiles) + beside.sum(axis=1)[:, None, None, None]
+    np.testing.assert_array_equal(halving((QueuedBeside if queued else Beside)())(tiles, beside), expected)  # type: ignore[arg-type]  # it takes more
 
 
 def test_a_detectors_calls_may_find_different_numbers_of_objects() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,12 @@ RAN_OUT = re.compile(
     r"|could not create a primitive$",
     re.IGNORECASE,
 )
+
+# Numbers that travel beside each tile of a batch, (B, n) float32, for models that take them.
+Stains = NDArray[np.float32] | None
+
+S = TypeVar("S", bound=np.generic)
+T = TypeVar("T")
 
 
 def ran_out(error: BaseException) -> bool:
@@ -92,12 +99,13 @@ class HalvingModel:
         self.spec = inner.spec
         self.sizes = Sizes(inner.spec)
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, tiles: NDArray[np.uint8], stains: Stains = None) -> NDArray[np.float32]:
         """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`."""
         while True:
             size = self.sizes.now(len(tiles))
             try:
-                return self.sizes.joined((self.inner(part) for part in _cut(tiles, size)), size, len(tiles))
+                parts = (_called(self.inner, *part) for part in _cut(tiles, stains, size))
+                return self.sizes.joined(parts, size, len(tiles))
             except Exception as error:
                 self.sizes.halve(size, error)
             free_cached()  # once the error is gone: with its traceback it keeps what the failed call had
@@ -112,23 +120,23 @@ class QueuedHalvingModel:
         self.sizes = Sizes(inner.spec)
         self._submitting = threading.Lock()  # who takes an answer may have to ask again
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.submit(tiles).result()
+    def __call__(self, tiles: NDArray[np.uint8], stains: Stains = None) -> NDArray[np.float32]:
+        return self.submit(tiles, stains).result()
 
     def staging(self, batch_size: int) -> NDArray[np.uint8]:
         return self.inner.staging(batch_size)
 
-    def submit(self, tiles: NDArray[np.uint8]) -> HalvingAnswer:
+    def submit(self, tiles: NDArray[np.uint8], stains: Stains = None) -> HalvingAnswer:
         """Begin with a batch, in as many calls as it takes; each is submitted before any is waited for."""
-        return HalvingAnswer(self, tiles, *self.begin(tiles))
+        return HalvingAnswer(self, tiles, stains)
 
-    def begin(self, tiles: NDArray[np.uint8]) -> tuple[int, list[Answer]]:
+    def begin(self, tiles: NDArray[np.uint8], stains: Stains) -> tuple[int, list[Answer]]:
         """(tiles of a call, answers to come) for a batch."""
         while True:
             size = self.sizes.now(len(tiles))
             try:
                 with self._submitting:
-                    return size, [self.inner.submit(part) for part in _cut(tiles, size)]
+                    return size, [_called(self.inner.submit, *part) for part in _cut(tiles, stains, size)]
             except Exception as error:
                 self.sizes.halve(size, error)
             free_cached()
@@ -137,11 +145,11 @@ class QueuedHalvingModel:
 class HalvingAnswer:
     """Scores on their way; begun again in smaller calls where memory runs out before they are there."""
 
-    def __init__(self, model: QueuedHalvingModel, tiles: NDArray[np.uint8], size: int, answers: list[Answer]) -> None:
+    def __init__(self, model: QueuedHalvingModel, tiles: NDArray[np.uint8], stains: Stains) -> None:
         self._model = model
         self._tiles = tiles
-        self._size = size
-        self._answers = answers
+        self._stains = stains
+        self._size, self._answers = model.begin(tiles, stains)
 
     def result(self) -> NDArray[np.float32]:
         """Float32 of `spec.answer_shape(B)`, once it is there."""
@@ -153,7 +161,7 @@ class HalvingAnswer:
                 sizes.halve(self._size, error)
             self._answers = []
             free_cached()
-            self._size, self._answers = self._model.begin(self._tiles)
+            self._size, self._answers = self._model.begin(self._tiles, self._stains)
 
 
 def halving(model: Model) -> HalvingModel | QueuedHalvingModel:
@@ -161,15 +169,27 @@ def halving(model: Model) -> HalvingModel | QueuedHalvingModel:
     return QueuedHalvingModel(model) if isinstance(model, QueuedModel) else HalvingModel(model)
 
 
-def _cut(tiles: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:
+def _called(call: Callable[..., T], tiles: NDArray[np.uint8], stains: Stains) -> T:
+    """`call` given what its model takes."""
+    return call(tiles) if stains is None else call(tiles, stains)
+
+
+def _cut(tiles: NDArray[np.uint8], stains: Stains, size: int) -> Iterator[tuple[NDArray[np.uint8], Stains]]:
     """A batch in parts of `size` tiles each, the last one padded: equal shapes are what makes equal bits."""
-    whole = len(tiles) - len(tiles) % size
-    for first in range(0, whole, size):
-        yield tiles[first : first + size]
-    if whole < len(tiles):
-        last = np.zeros((size, *tiles.shape[1:]), tiles.dtype)
-        last[: len(tiles) - whole] = tiles[whole:]
-        yield last
+    for first in range(0, len(tiles), size):
+        yield (
+            _filled(tiles[first : first + size], size),
+            None if stains is None else _filled(stains[first : first + size], size),
+        )
+
+
+def _filled(part: NDArray[S], size: int) -> NDArray[S]:
+    """`part` itself if it has `size` rows, else with zeros after it."""
+    if len(part) == size:
+        return part
+    padded = np.zeros((size, *part.shape[1:]), part.dtype)
+    padded[: len(part)] = part
+    return padded
 
 
 def _as_many_rows(parts: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
