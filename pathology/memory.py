@@ -89,9 +89,13 @@ def memory_bound(plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, 
     tiles = regions * (tiles_ahead(spec.input_px, readers) + (tiles_handed(spec.input_px) if len(plans) > 1 else 0))
     bound = tiles * _tile_bytes(spec) + readers * window
     for plan, spec, batch_size in plans:
-        batches = (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
-        bound += regions * region_bytes(plan, spec.channels) + batch_size * batches
+        bound += regions * region_bytes(plan, spec.channels) + batch_size * slot_bytes(spec, regions)
     return int(bound)
+
+
+def slot_bytes(spec: ModelSpec, regions: int = REGIONS_AT_ONCE) -> int:
+    """What each tile of a batch takes: in the batches being filled and computed, and in answers not yet taken."""
+    return (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
 
 
 def _tile_bytes(spec: ModelSpec) -> int:

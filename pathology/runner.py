@@ -199,14 +199,16 @@ class _Window:
             shared.setdefault(worker.model_of(state.job), []).append(state)
         alike: dict[tuple[object, ...], list[list[_State]]] = {}
         specs: dict[tuple[object, ...], ModelSpec] = {}
-        for model, states in shared.items():
-            job = replace(states[0].job, stage=None)
-            done = self._alone(worker.check_model, job)
-            if done.died:
-                raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
-            _raise_model_error(job, done)
-            specs[model] = done.value
-            alike.setdefault((job.device, job.threads, job.readers, pixels_of(done.value)), []).append(states)
+        for states in shared.values():
+            spec = self._try_model(replace(states[0].job, stage=None), worker.check_model)
+            if not states[0].job.batch_size:
+                size = self._try_model(replace(states[0].job, stage=None), worker.find_batch_size, self._processes)
+                for state in states:
+                    state.job = replace(state.job, batch_size=size)
+            specs[worker.model_of(states[0].job)] = spec
+            alike.setdefault((states[0].job.device, states[0].job.threads, states[0].job.readers, pixels_of(spec)), []).append(
+                states
+            )
         spec_of = [specs[worker.model_of(state.job)] for state in self._states]
         for models in alike.values():
             if not (models[0][0].job.threads and models[0][0].job.readers):
@@ -214,6 +216,14 @@ class _Window:
         for places in groups([state.job for state in self._states], spec_of):
             self._groups.append(_Group(places, len(places)))
             self._group.update(dict.fromkeys(places, self._groups[-1]))
+
+    def _try_model(self, job: Job, trial: Callable[..., object], *arguments: object) -> Any:
+        """What `trial` of the job's model finds. Raises ModelError where the model ends its process or fails."""
+        done = self._alone(trial, job, *arguments)
+        if done.died:
+            raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
+        _raise_model_error(job, done)
+        return done.value
 
     def _divide_cores(self, models: list[list[_State]]) -> None:
         """Give the jobs of each of `models`, which read alike, their threads. Models whose results all stand do not count."""

@@ -10,6 +10,7 @@ import functools
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology import slide_worker
+from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
 from pathology.calls import WorkerDied, sendable
@@ -34,6 +36,7 @@ from pathology.job import Job, key_of
 from pathology.model import Model, ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
+from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
 from pathology.models.pieces import piece_tiles
 from pathology.models.pool import pooled
 from pathology.plan import Plan, Region
@@ -49,7 +52,7 @@ class _Kept:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.device_lock = threading.Lock()
-        self.models: dict[tuple[object, ...], Model] = {}
+        self.models: dict[tuple[object, ...], HalvingModel | QueuedHalvingModel] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
         self.threads = 0
 
@@ -69,6 +72,21 @@ def check_model(job: Job) -> ModelSpec:
     return model.spec
 
 
+def find_batch_size(job: Job, processes: int = 1) -> int:
+    """The batch size for a job that leaves it open, and for all that share its model, in one of `processes` of this machine.
+
+    Kept beside unfinished work, and a resumed run goes on with it.
+    """
+    model = _model(job).inner
+
+    def find() -> int:
+        # Each size tried would be compiled, and torch gives up compiling after a few.
+        plain = pooled(load_model(job.model, job.device, job.precision), job.heatmap_mpp) if job.compile else model
+        return choose_batch(plain, job.device, job.threads or max(1, core_count() // processes), job.memory)
+
+    return _kept_number(_kept_path(job, "batch", model.spec, [job.device, job.precision, job.compile]), find)
+
+
 def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> tuple[Split, ...]:
     """The threads for jobs whose models read alike: those they leave open as measured, in one of `processes` of this machine.
 
@@ -82,26 +100,31 @@ def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -
     models = {name: _model(job) for name, job in first.items()}
     read_s = asked(slide_worker.seconds_to_read)(jobs) if read else 0.0
     model_s = sum(measure_model(models[name], _at_once(job, models[name].spec)) for name, job in first.items())
-    kept = {name: Path(job.out) / ".work" / _threads_file(job, models[name].spec, cores) for name, job in first.items()}
-    before = {name: int(path.read_text()) for name, path in kept.items() if path.exists()}
-    any_before = next((before[name] for name in kept if name in before), 0)
-    split = split_threads(cores, read_s, model_s, jobs[0].threads or any_before)
-    threads: dict[tuple[object, ...], int] = {}
-    for name, path in kept.items():
-        threads[name] = jobs[0].threads or before.get(name, split.threads)
-        if not jobs[0].threads and name not in before:
-            make_folders(path.parent)
-            write_file(path, str(split.threads).encode())
+    kept = {name: _kept_path(job, "threads", models[name].spec, [*name, cores]) for name, job in first.items()}
+    before = [int(path.read_text()) for path in kept.values() if path.exists()]
+    split = split_threads(cores, read_s, model_s, jobs[0].threads or next(iter(before), 0))
+    threads = {name: jobs[0].threads or _kept_number(path, lambda: split.threads) for name, path in kept.items()}
     return tuple(Split(job.readers or split.readers, threads[model_of(job)]) for job in jobs)
 
 
-def _threads_file(job: Job, spec: ModelSpec, cores: int) -> str:
-    return f"threads-{key_of({'model': spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
+def _kept_path(job: Job, what: str, spec: ModelSpec, run: list[object]) -> Path:
+    """Where a number lies that is kept beside unfinished work, for it can decide last bits: a file for each such run."""
+    return Path(job.out) / ".work" / f"{what}-{key_of({'model': spec.sha256, 'run': run})[:16]}"
+
+
+def _kept_number(path: Path, find: Callable[[], int]) -> int:
+    """What `find` gave when it was first asked."""
+    if path.exists():
+        return int(path.read_text())
+    number = find()
+    make_folders(path.parent)
+    write_file(path, str(number).encode())
+    return number
 
 
 def _at_once(job: Job, spec: ModelSpec) -> int:
-    """Tiles that the model computes at once: the whole batch on a device, a piece of it on the CPU."""
-    return piece_tiles(job.batch_size, spec.input_px) if job.device == "cpu" else job.batch_size
+    """Tiles that the model computes at once: the whole batch on a device, a piece on the CPU. One if it is to be found."""
+    return piece_tiles(job.batch_size or 1, spec.input_px) if job.device == "cpu" else job.batch_size or 1
 
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:
@@ -135,7 +158,7 @@ def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A region about to be inferred."""
+    """A region about to be inferred. `answered`: what its model had answered before, by the size of its calls."""
 
     job: Job
     spec: ModelSpec
@@ -144,13 +167,15 @@ class _Begun:
     region: Region
     clock: Clock
     began: float
+    answered: Counter[int]
 
 
 def _begin(job: Job, index: int) -> _Begun:
-    spec = _model(job).spec
+    model = _model(job)
+    spec = model.spec
     work, plan = slide_worker.open_work(job, asked(slide_worker.key_fields_of))
     emit(Path(job.out), "region-start", {"slide": job.slide_id, "model": spec.name, "region": index})
-    return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time())
+    return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), model.sizes.answered())
 
 
 def _infer_together(begun: Sequence[_Begun], in_order: bool) -> Iterator[int | Exception]:
@@ -193,15 +218,19 @@ def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | 
         else:
             with closing(infer_region(read, spec, plan, region, predict, on_bad)) as bands:
                 staged = work.stage(region, bands)
+    # Batches are shared with other regions: a size too many is told rather than one too few.
+    model = _model(job)
+    sizes = sorted(model.sizes.answered() - begun.answered, reverse=True) or [model.sizes.now(job.batch_size)]
     counts = {
         "tiles": len(region.tiles),
         "bad_tiles": len(bad_tiles),
         "seconds": round(time.time() - begun.began, 6),
         "began": begun.began,
         "process": os.getpid(),
+        "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
         "stages": clock.seconds(),
     }
-    work.mark(region, staged, counts, _environment(job.device, job.threads), bad_tiles)
+    work.mark(region, staged, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
     what = {"slide": job.slide_id, "model": spec.name, "region": region.index}
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
@@ -227,7 +256,7 @@ def _reading(
     return lambda tiles: read_tiles(slide, spec, grid, tiles, pool, clock)
 
 
-def _model(job: Job) -> Model:
+def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
     with _kept.lock:
         if _kept.threads != job.threads:
             set_threads(job.threads or 1)  # one while it is measured how many there should be
@@ -236,7 +265,7 @@ def _model(job: Job) -> Model:
         if name not in _kept.models:
             model = load_model(job.model, job.device, job.precision, job.compile)
             slide_worker.cards[job.model] = model.spec
-            _kept.models[name] = pooled(model, job.heatmap_mpp)
+            _kept.models[name] = halving(pooled(model, job.heatmap_mpp))
         return _kept.models[name]
 
 

@@ -175,14 +175,15 @@ class _Report:
             if record is not None:
                 facts |= {"reason": record["reason"] or "", "message": record["message"]}
                 facts |= {name: record[name] for name in ("tiles", "bad_tiles", "tissue_mm2", "seconds")}
+                facts |= {"halved_to": record.get("halved_to")}
             self.line(json.dumps(facts))
         elif record is not None:
             before = "   done before" if outcome.before else ""
             tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2"
             damage = f"   {record['reason']}: {record['message']}" if record["reason"] else ""
-            self.line(
-                f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {record['seconds']:.1f} s{damage}{before}"
-            )
+            halved = f"   memory ran out: batches of {n} tiles" if (n := record.get("halved_to")) else ""
+            spent = f"{record['seconds']:.1f} s"
+            self.line(f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {spent}{halved}{damage}{before}")
         else:
             again = "   (failed before; --retry-failed tries again)" if outcome.before else ""
             self.line(f"failed    {job.slide_id}  {model_name}   {outcome.reason}: {outcome.message}{again}")

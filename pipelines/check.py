@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pathology.batch_size import cpu_batch
 from pathology.cores import core_count
 from pathology.encoding import choose_encoding
 from pathology.errors import SlideError, UsageError
@@ -71,6 +72,7 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
                 if not models:
                     yield Verdict(entry, slide.info)
                 jobs = make_jobs([entry], models, settings, "cpu") if models else []
+                jobs = [_with_batch(job, specs[job.model]) for job in jobs]
                 planned = _planned(jobs, [specs[job.model] for job in jobs], slide)
                 if planned and not peak:
                     tried = [replace(job, threads=job.threads or core_count()) for job in jobs]
@@ -89,6 +91,11 @@ def _planned(jobs: Sequence[Job], specs: Sequence[ModelSpec], slide: Slide) -> l
         together = [specs[place] for place in places]
         planned.append([(plan_slide(jobs[p], slide, specs[p], together)[1], specs[p], jobs[p]) for p in places])
     return planned
+
+
+def _with_batch(job: Job, spec: ModelSpec) -> Job:
+    """The job with the batch size that a run on the CPU would find, where it leaves it open."""
+    return job if job.batch_size else replace(job, batch_size=cpu_batch(spec, job.threads or core_count(), job.memory))
 
 
 def _verdict(
