@@ -91,9 +91,11 @@ class Done:
 
 
 def starving(
-    most: int = 0, calls: int = 0, log: str = "", error: str = "cuda", queued: str = "", tile_px: int = 32
+    most: int = 0, calls: int = 0, log: str = "", error: str = "cuda", queued: str = "", tile_px: int = 32, name: str = ""
 ) -> Starving | QueuedStarving:
-    """queued  "": answers at once; "early" or "late": later, with errors of a submission or of the answer"""
+    """queued  "": answers at once; "early" or "late": later, with errors of a submission or of the answer
+    name    any: a process keeps a model of another name apart
+    """
     model = Starving(mean_colour(tile_px), most, calls, log, error)
     return QueuedStarving(model, queued == "late") if queued else model
 

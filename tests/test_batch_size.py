@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pathology import Job, worker
-from pathology.batch_size import MOST, cpu_batch, find_batch, most_tiles
+from pathology.batch_size import MOST, choose_batch, cpu_batch, find_batch, most_tiles
 from pathology.errors import ModelError
 from pathology.memory import slot_bytes
 from pathology.models.pieces import piece_tiles
@@ -68,6 +68,15 @@ def test_a_batch_that_takes_long_is_the_last(tmp_path: Path) -> None:
     device = Device(1.5, 0.2)
     assert device.find() == 4
     assert max(device.calls) == 5
+
+
+def test_what_the_host_may_hold_bounds_it_on_any_device() -> None:
+    device = Device(0.001, 0.0)
+    spec = device.spec
+    assert choose_batch(device, "cpu", 4, 2**30) == cpu_batch(spec, 4, 2**30)
+    assert device.calls == []
+    assert choose_batch(device, "cuda", 4, 8 * 50 * slot_bytes(spec)) <= 32
+    assert max(device.calls) <= 40
 
 
 @given(most=st.integers(1, 5000))

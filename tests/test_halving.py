@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from pathology import Box, Job
@@ -24,6 +25,7 @@ from pathology.runner import run
 from pathology.store import STORE_NAME
 from pathology.testing import marks, mean_colour
 from pipelines.batch import exit_code
+from pipelines.cli import main
 from tests.starving import Done, Starving, starving
 
 SIDE = 8
@@ -238,3 +240,19 @@ def test_a_run_without_any_memory_ends_and_loses_nothing(tmp_path: Path, job: Jo
 
 def events(job: Job) -> list[dict[str, object]]:
     return [json.loads(line) for file in Path(job.out, "events").iterdir() for line in file.read_text().splitlines()]
+
+
+def test_the_command_says_it(tmp_path: Path, job: Job) -> None:
+    def command(out: str, model: str, *options: str) -> Result:
+        common = ["--scheduler", "sync", "--threads", "1", "--num-workers", "1", "--batch-size", "8", "--tissue", "none"]
+        return CliRunner().invoke(main, ["run", job.slide, "--model", model, "--out", str(tmp_path / out), *common, *options])
+
+    done = command("text", named(most=3, name="a"))
+    assert done.exit_code == 0, done.output
+    assert "memory ran out: batches of 2 tiles" in done.output
+    done = command("json", named(most=3, name="b"), "--log-format", "json")
+    assert [json.loads(line).get("halved_to") for line in done.stdout.splitlines()] == [2, None]
+    (tmp_path / "left").write_text("3")
+    done = command("none", f"tests.starving:hungry?left={tmp_path / 'left'}")
+    assert done.exit_code == 3
+    assert done.output.splitlines()[-1].endswith("end what else runs there, or use another --device")
