@@ -10,8 +10,11 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from pathology import slide_worker
 from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
+from pathology.calls import WorkerDied, sendable
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
 from pathology.device import environment, set_threads
@@ -35,9 +39,11 @@ from pathology.models.checks import warm_up
 from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
 from pathology.models.pieces import piece_tiles
 from pathology.models.pool import pooled
-from pathology.plan import Plan
+from pathology.plan import Plan, Region
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.threads import Split, measure_model, split_threads
+from pathology.together import Handout, ReadingEnded
+from pathology.work import Work
 
 
 class _Kept:
@@ -78,38 +84,44 @@ def find_batch_size(job: Job, processes: int = 1) -> int:
         plain = pooled(load_model(job.model, job.device, job.precision), job.heatmap_mpp) if job.compile else model
         return choose_batch(plain, job.device, job.threads or max(1, core_count() // processes), job.memory)
 
-    return _kept_number(job, "batch", model.spec, [job.device, job.precision, job.compile], find)
-
-
-def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> Split:
-    """The threads for `jobs`, which share a model: those they leave open as measured, in one of `processes` of this machine.
-
-    Reading is measured on the first slide that opens; not `read`: taken for quick. How many threads torch has can decide last
-    bits, so that number is kept beside unfinished work, and a resumed run goes on with it.
-    """
-    job = jobs[0]
-    cores = max(1, core_count() // processes)
-    if job.device != "cpu":
-        return Split(job.readers or cores, job.threads or 1)
-    model = _model(job)
-    read_s = asked(slide_worker.seconds_to_read)(jobs) if read else 0.0
-    split = split_threads(cores, read_s, measure_model(model, _at_once(job, model.spec)), job.threads)
-    if not job.threads:
-        found = split.threads
-        kept = _kept_number(job, "threads", model.spec, [*model_of(job), cores], lambda: found)
-        split = split_threads(cores, read_s, 0.0, kept)
-    return Split(job.readers or split.readers, split.threads)
-
-
-def _kept_number(job: Job, what: str, spec: ModelSpec, run: list[object], find: Callable[[], int]) -> int:
-    """What `find` gave when it was first asked for such a run: kept beside unfinished work, for it can decide last bits."""
-    kept = Path(job.out) / ".work" / f"{what}-{key_of({'model': spec.sha256, 'run': run})[:16]}"
+    run = {"model": model.spec.sha256, "run": [job.device, job.precision, job.compile]}
+    kept = Path(job.out) / ".work" / f"batch-{key_of(run)[:16]}"
     if kept.exists():
         return int(kept.read_text())
-    number = find()
+    size = find()
     make_folders(kept.parent)
-    write_file(kept, str(number).encode())
-    return number
+    write_file(kept, str(size).encode())
+    return size
+
+
+def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> tuple[Split, ...]:
+    """The threads for jobs whose models read alike: those they leave open as measured, in one of `processes` of this machine.
+
+    Reading is measured on the first slide that opens; not `read`: taken for quick. A tile is computed by all models. How many
+    threads torch has can decide last bits, so that number is kept beside unfinished work, and a resumed run goes on with it.
+    """
+    cores = max(1, core_count() // processes)
+    first = {model_of(job): job for job in reversed(jobs)}
+    if jobs[0].device != "cpu":
+        return tuple(Split(job.readers or cores, job.threads or 1) for job in jobs)
+    models = {name: _model(job) for name, job in first.items()}
+    read_s = asked(slide_worker.seconds_to_read)(jobs) if read else 0.0
+    model_s = sum(measure_model(models[name], _at_once(job, models[name].spec)) for name, job in first.items())
+    kept = {name: Path(job.out) / ".work" / _threads_file(job, models[name].spec, cores) for name, job in first.items()}
+    before = {name: int(path.read_text()) for name, path in kept.items() if path.exists()}
+    any_before = next((before[name] for name in kept if name in before), 0)
+    split = split_threads(cores, read_s, model_s, jobs[0].threads or any_before)
+    threads: dict[tuple[object, ...], int] = {}
+    for name, path in kept.items():
+        threads[name] = jobs[0].threads or before.get(name, split.threads)
+        if not jobs[0].threads and name not in before:
+            make_folders(path.parent)
+            write_file(path, str(split.threads).encode())
+    return tuple(Split(job.readers or split.readers, threads[model_of(job)]) for job in jobs)
+
+
+def _threads_file(job: Job, spec: ModelSpec, cores: int) -> str:
+    return f"threads-{key_of({'model': spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
 
 
 def _at_once(job: Job, spec: ModelSpec) -> int:
@@ -119,14 +131,86 @@ def _at_once(job: Job, spec: ModelSpec) -> int:
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:
     """Infer and stage one region; the number of tiles. `in_order`: in this thread alone, as the reference does it."""
+    begun = _begin(job, index)
+    return _infer(begun, _reading(begun, begun.clock, in_order), in_order)
+
+
+def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool = False) -> tuple[int | Exception, ...]:
+    """Infer and stage a region of each job, all tiles read once for all: the number of tiles of each, or its error.
+
+    The jobs are of one of `together.groups`. Each takes tiles in a thread of its own and ends as it would by itself; where
+    there is one only, its error is raised.
+    """
+    if len(jobs) == 1:
+        return (run_region(jobs[0], indices[0], in_order),)
+    ends: dict[int, int | Exception] = {}
+    begun: dict[int, _Begun] = {}
+    for place, (job, index) in enumerate(zip(jobs, indices, strict=True)):
+        try:
+            begun[place] = _begin(job, index)
+        except Exception as error:
+            ends[place] = error
+    if begun:
+        ends.update(zip(begun, _infer_together(list(begun.values()), in_order), strict=True))
+    for end in ends.values():
+        if isinstance(end, WorkerDied):
+            raise end
+    return tuple(sendable(end) if isinstance(end := ends[place], Exception) else end for place in range(len(jobs)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A region about to be inferred."""
+
+    job: Job
+    spec: ModelSpec
+    work: Work
+    plan: Plan
+    region: Region
+    clock: Clock
+    began: float
+    answered: Counter[int]  # batches by their sizes, before it
+
+
+def _begin(job: Job, index: int) -> _Begun:
     model = _model(job)
-    spec, before = model.spec, model.sizes.answered()
+    spec, answered = model.spec, model.sizes.answered()
     work, plan = slide_worker.open_work(job, asked(slide_worker.key_fields_of))
-    region = plan.regions[index]
-    what = {"slide": job.slide_id, "model": spec.name, "region": index}
-    emit(Path(job.out), "region-start", what)
-    began, clock = time.time(), Clock()
-    read = _reading(job, spec, plan, clock, in_order)
+    emit(Path(job.out), "region-start", {"slide": job.slide_id, "model": spec.name, "region": index})
+    return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), answered)
+
+
+def _infer_together(begun: Sequence[_Begun], in_order: bool) -> Iterator[int | Exception]:
+    """What each region ends with: its tiles, or the error that itself, or reading for all, has met."""
+    handout = Handout([one.region.tiles for one in begun], begun[0].spec.input_px)
+    clock = Clock(among=[one.clock for one in begun])
+    failed: Exception | None = None
+    with ThreadPoolExecutor(len(begun), thread_name_prefix="region") as takers:
+
+        def begin(taker: int, one: _Begun) -> Future[int]:
+            end = takers.submit(_infer, one, lambda _: handout.take(taker), in_order)
+            end.add_done_callback(lambda _: handout.leave(taker))
+            return end
+
+        ends = [begin(taker, one) for taker, one in enumerate(begun)]
+        try:
+            with counting(clock), closing(_reading(begun[0], clock, in_order)(handout.tiles)) as pixels:
+                handout.give(pixels)
+        except Exception as raised:
+            failed = raised
+        finally:
+            handout.end()
+    for end in ends:
+        error = end.exception()
+        if isinstance(error, ReadingEnded) and failed is not None:
+            yield failed
+        else:
+            yield error if isinstance(error, Exception) else end.result()
+
+
+def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | None]], in_order: bool) -> int:
+    """Infer, stage and mark a region whose tiles come from `read`; how many there were."""
+    job, spec, work, plan, region, clock = begun.job, begun.spec, begun.work, begun.plan, begun.region, begun.clock
     bad_tiles: list[Tile] = []
     on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
@@ -137,17 +221,19 @@ def run_region(job: Job, index: int, in_order: bool = False) -> int:
             with closing(infer_region(read, spec, plan, region, predict, on_bad)) as bands:
                 staged = work.stage(region, bands)
     # Batches are shared with other regions: a size too many is told rather than one too few.
-    sizes = sorted(model.sizes.answered() - before, reverse=True) or [model.sizes.now(job.batch_size)]
+    model = _model(job)
+    sizes = sorted(model.sizes.answered() - begun.answered, reverse=True) or [model.sizes.now(job.batch_size)]
     counts = {
         "tiles": len(region.tiles),
         "bad_tiles": len(bad_tiles),
-        "seconds": round(time.time() - began, 6),
-        "began": began,
+        "seconds": round(time.time() - begun.began, 6),
+        "began": begun.began,
         "process": os.getpid(),
         "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
         "stages": clock.seconds(),
     }
     work.mark(region, staged, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
+    what = {"slide": job.slide_id, "model": spec.name, "region": region.index}
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
 
@@ -161,14 +247,15 @@ def _refuse_bad(tile: Tile) -> None:
 
 
 def _reading(
-    job: Job, spec: ModelSpec, plan: Plan, clock: Clock, in_order: bool
-) -> Callable[[NDArray[np.int32]], Iterator[Pixels | None]]:
+    begun: _Begun, clock: Clock, in_order: bool
+) -> Callable[[NDArray[np.int32]], Generator[Pixels | None, None, None]]:
     """What reads tiles of the job's slide: the neighbour, or threads of this process, or `in_order` the very one that asks."""
+    job, spec, grid = begun.job, begun.spec, begun.plan.grid
     if asker() is not None:
         return functools.partial(read_beside, job, spec, clock)
     slide = slide_worker.open_slide_of(job)
     pool = None if in_order else slide_worker.pool(job.readers)
-    return lambda tiles: read_tiles(slide, spec, plan.grid, tiles, pool, clock)
+    return lambda tiles: read_tiles(slide, spec, grid, tiles, pool, clock)
 
 
 def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
@@ -184,6 +271,21 @@ def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
         return _kept.models[name]
 
 
+@dataclass(frozen=True, slots=True)
+class _InTurn:
+    """A model that waits until no other one of this process computes, as those with a predictor do."""
+
+    model: HalvingModel | QueuedHalvingModel
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with _kept.device_lock:
+            return self.model(tiles)
+
+
 @functools.cache
 def _environment(device: str, threads: int) -> dict[str, str | int]:
     """`environment`, asked once for each; torch has been told of `threads` when its first model was loaded."""
@@ -193,7 +295,7 @@ def _environment(device: str, threads: int) -> dict[str, str | int]:
 def _predict(job: Job, in_order: bool) -> Predict:
     model = _model(job)
     if in_order:
-        return functools.partial(predict_in_order, model, job.batch_size)
+        return functools.partial(predict_in_order, _InTurn(model), job.batch_size)
     with _kept.lock:
         name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size)
         if name not in _kept.predictors:

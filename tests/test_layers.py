@@ -71,6 +71,7 @@ ORDER = [
     "pathology.threads",
     "pathology.predictor",
     "pathology.batches",
+    "pathology.together",
     "pathology.memory",
     "pathology.batch_size",
     "pathology.infer",
