@@ -200,15 +200,14 @@ class _Window:
         alike: dict[tuple[object, ...], list[list[_State]]] = {}
         specs: dict[tuple[object, ...], ModelSpec] = {}
         for states in shared.values():
-            spec = self._try_model(replace(states[0].job, stage=None), worker.check_model)
+            spec: ModelSpec = self._of_model(states[0].job, worker.check_model)
             if not states[0].job.batch_size:
-                size = self._try_model(replace(states[0].job, stage=None), worker.find_batch_size, self._processes)
+                size: int = self._of_model(states[0].job, worker.find_batch_size, self._processes)
                 for state in states:
                     state.job = replace(state.job, batch_size=size)
-            specs[worker.model_of(states[0].job)] = spec
-            alike.setdefault((states[0].job.device, states[0].job.threads, states[0].job.readers, pixels_of(spec)), []).append(
-                states
-            )
+            job = states[0].job
+            specs[worker.model_of(job)] = spec
+            alike.setdefault((job.device, job.threads, job.readers, pixels_of(spec)), []).append(states)
         spec_of = [specs[worker.model_of(state.job)] for state in self._states]
         for models in alike.values():
             if not (models[0][0].job.threads and models[0][0].job.readers):
@@ -217,9 +216,9 @@ class _Window:
             self._groups.append(_Group(places, len(places)))
             self._group.update(dict.fromkeys(places, self._groups[-1]))
 
-    def _try_model(self, job: Job, trial: Callable[..., object], *arguments: object) -> Any:
-        """What `trial` of the job's model finds. Raises ModelError where the model ends its process or fails."""
-        done = self._alone(trial, job, *arguments)
+    def _of_model(self, job: Job, function: Callable[..., object], *arguments: object) -> Any:
+        """What `function` says of the job's model. ModelError where it ends its process or fails."""
+        done = self._alone(function, replace(job, stage=None), *arguments)
         if done.died:
             raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
         _raise_model_error(job, done)

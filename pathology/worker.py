@@ -33,7 +33,7 @@ from pathology.errors import Reason, SlideError
 from pathology.events import emit
 from pathology.infer import Tile, detect_region, infer_region
 from pathology.job import Job, key_of
-from pathology.model import Model, ModelSpec
+from pathology.model import ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
 from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
@@ -167,15 +167,15 @@ class _Begun:
     region: Region
     clock: Clock
     began: float
-    answered: Counter[int]
+    answered: Counter[int]  # batches by their sizes, before it
 
 
 def _begin(job: Job, index: int) -> _Begun:
     model = _model(job)
-    spec = model.spec
+    spec, answered = model.spec, model.sizes.answered()
     work, plan = slide_worker.open_work(job, asked(slide_worker.key_fields_of))
     emit(Path(job.out), "region-start", {"slide": job.slide_id, "model": spec.name, "region": index})
-    return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), model.sizes.answered())
+    return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), answered)
 
 
 def _infer_together(begun: Sequence[_Begun], in_order: bool) -> Iterator[int | Exception]:
@@ -273,7 +273,7 @@ def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
 class _InTurn:
     """A model that waits until no other one of this process computes, as those with a predictor do."""
 
-    model: Model
+    model: HalvingModel | QueuedHalvingModel
 
     @property
     def spec(self) -> ModelSpec:

@@ -72,7 +72,7 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
                 if not models:
                     yield Verdict(entry, slide.info)
                 jobs = make_jobs([entry], models, settings, "cpu") if models else []
-                jobs = [_with_batch(job, specs[job.model]) for job in jobs]
+                jobs = [_with_batch_size(job, specs[job.model]) for job in jobs]
                 planned = _planned(jobs, [specs[job.model] for job in jobs], slide)
                 if planned and not peak:
                     tried = [replace(job, threads=job.threads or core_count()) for job in jobs]
@@ -93,9 +93,9 @@ def _planned(jobs: Sequence[Job], specs: Sequence[ModelSpec], slide: Slide) -> l
     return planned
 
 
-def _with_batch(job: Job, spec: ModelSpec) -> Job:
-    """The job with the batch size that a run on the CPU would find, where it leaves it open."""
-    return job if job.batch_size else replace(job, batch_size=cpu_batch(spec, job.threads or core_count(), job.memory))
+def _with_batch_size(job: Job, spec: ModelSpec) -> Job:
+    """The job as a run on this CPU has it."""
+    return replace(job, batch_size=job.batch_size or cpu_batch(spec, job.threads or core_count(), job.memory))
 
 
 def _verdict(

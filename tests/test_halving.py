@@ -243,11 +243,9 @@ def events(job: Job) -> list[dict[str, object]]:
 
 
 def test_the_command_says_it(tmp_path: Path, job: Job) -> None:
-    def command(model: str, *options: str) -> Result:
+    def command(out: str, model: str, *options: str) -> Result:
         common = ["--scheduler", "sync", "--threads", "1", "--num-workers", "1", "--batch-size", "8", "--tissue", "none"]
-        return CliRunner().invoke(
-            main, ["run", job.slide, "--model", model, "--out", str(tmp_path / model[-8:]), *common, *options]
-        )
+        return CliRunner().invoke(main, ["run", job.slide, "--model", model, "--out", str(tmp_path / out), *common, *options])
 
     done = command("text", named(most=3, name="a"))
     assert done.exit_code == 0, done.output
