@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pathology.apart import DEADLINE_S, Apart
+from pathology.batch_size import cpu_batch
 from pathology.cores import core_count
 from pathology.encoding import choose_encoding
 from pathology.errors import PathologyError, SlideError, UsageError
@@ -18,11 +19,13 @@ from pathology.job import Job, ReaderName
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
+from pathology.models.pool import pooled_spec
 from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
 from pathology.slide import SlideInfo
 from pathology.slide_worker import plan_slide
+from pathology.together import groups
 from pipelines.config import Settings, make_jobs
 from pipelines.slides import SlideEntry
 
@@ -31,12 +34,30 @@ MOST_PROCESSES = 8
 # Tissue is found on pixels, which may lie on slow storage.
 PLAN_DEADLINE_S = 1800.0
 
-COLUMNS = ("id", "model", "px", "mpp", "from", "tissue mm2", "tiles", "regions", "again", "heatmap", "memory", "verdict")
+COLUMNS = (
+    "id",
+    "model",
+    "px",
+    "mpp",
+    "from",
+    "tissue mm2",
+    "tiles",
+    "regions",
+    "again",
+    "heatmap",
+    "memory",
+    "read with",
+    "verdict",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One slide and model: what would be computed, or why it cannot be. Everything but `slide` may be unknown."""
+    """One slide and model: what would be computed, or why it cannot be. Everything but `slide` may be unknown.
+
+    memory_bytes  of the run for this slide, all models that read it together
+    read_with     names of the other models whose tiles are read with this one's
+    """
 
     slide: SlideEntry
     info: SlideInfo | None = None
@@ -44,20 +65,21 @@ class Verdict:
     plan: Plan | None = None
     heatmap_bytes: int = 0
     memory_bytes: int = 0
+    read_with: tuple[str, ...] = ()
     reason: str = ""
     message: str = ""
 
 
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
-    specs = {ref: load_spec(ref) for ref in models}
-    peaks: dict[str, int] = {}
+    specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
+    jobs = [[_with_batch_size(job, specs[job.model]) for job in _jobs(entry, models, settings)] for entry in slides]
+    cards = [[specs[job.model] for job in of_slide] for of_slide in jobs]
+    peak = 0
     with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S if models else DEADLINE_S) as apart:
-        jobs = [make_jobs([entry], models, settings, "cpu") if models else [] for entry in slides]
-        calls = (
-            (repr(e.path.name), (e, j, [specs[job.model] for job in j], settings)) for e, j in zip(slides, jobs, strict=True)
-        )
-        for entry, of_slide, found in zip(slides, jobs, apart.results(_look, calls), strict=True):
+        calls = ((repr(one[0].path.name), (*one, settings)) for one in zip(slides, jobs, cards, strict=True))
+        answers = apart.results(_look, calls)
+        for entry, of_slide, theirs, found in zip(slides, jobs, cards, answers, strict=True):
             if isinstance(found, SlideError):
                 yield Verdict(entry, reason=found.reason, message=str(found))
                 continue
@@ -66,10 +88,12 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
             info, plans = found
             if not models:
                 yield Verdict(entry, info)
-            for job, plan in zip(of_slide, plans, strict=True):
-                if job.model not in peaks:
-                    peaks[job.model] = model_peak(replace(job, threads=job.threads or core_count()), MODULES["device"])
-                yield _verdict(entry, info, specs[job.model], plan, job, peaks[job.model])
+                continue
+            planned = [[(plans[p], theirs[p], of_slide[p]) for p in places] for places in groups(of_slide, theirs)]
+            peak = peak or model_peak([replace(j, threads=j.threads or core_count()) for j in of_slide], MODULES["device"])
+            for job in of_slide:
+                together = next(group for group in planned if any(job is other for _, _, other in group))
+                yield _verdict(entry, info, job, together, peak)
 
 
 def look(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
@@ -86,30 +110,47 @@ def _info(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) 
 
 def _look(
     entry: SlideEntry, jobs: Sequence[Job], specs: Sequence[ModelSpec], settings: Settings
-) -> tuple[SlideInfo, list[Plan]]:
-    """What is known of a slide, and its plan for each job."""
+) -> tuple[SlideInfo, dict[int, Plan]]:
+    """What is known of a slide, and the plan of each job by its place among them."""
     mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
+    plans: dict[int, Plan] = {}
     with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader, headers_only=not jobs) as slide:
-        return slide.info, [plan_slide(job, slide, spec)[1] for job, spec in zip(jobs, specs, strict=True)]
+        for places in groups(jobs, specs):
+            together = [specs[place] for place in places]
+            plans |= {p: plan_slide(jobs[p], slide, specs[p], together)[1] for p in places}
+        return slide.info, plans
 
 
-def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job, peak: int) -> Verdict:
+def _jobs(entry: SlideEntry, models: Sequence[str], settings: Settings) -> Sequence[Job]:
+    return make_jobs([entry], models, settings, "cpu") if models else []
+
+
+def _with_batch_size(job: Job, spec: ModelSpec) -> Job:
+    """The job as a run on this CPU has it."""
+    return replace(job, batch_size=job.batch_size or cpu_batch(spec, job.threads or core_count(), job.memory))
+
+
+def _verdict(
+    entry: SlideEntry, info: SlideInfo, job: Job, together: Sequence[tuple[Plan, ModelSpec, Job]], peak: int
+) -> Verdict:
+    plan, spec = next((plan, spec) for plan, spec, other in together if other is job)
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
     dtype = np.dtype(choose_encoding(spec, job.heatmap_dtype).dtype)
     stored = int(len(plan.tiles) * spec.features * 4 or height * width * len(spec.classes) * pyramid * dtype.itemsize)
-    memory = run_bound(plan, spec, job, peak, job.readers or core_count())
-    return Verdict(entry, info, spec, plan, stored, memory)
+    memory = run_bound(together, peak, job.readers or core_count())
+    others = tuple(other.name for _, other, _ in together if other is not spec)
+    return Verdict(entry, info, spec, plan, stored, memory, others)
 
 
 def row(verdict: Verdict) -> tuple[str, ...]:
     """The verdict as text, one field per column of `COLUMNS`."""
     info, plan, spec = verdict.info, verdict.plan, verdict.spec
     if info is None:
-        return (verdict.slide.slide_id, *[""] * 10, f"FAILS {verdict.reason}: {verdict.message}")
+        return (verdict.slide.slide_id, *[""] * 11, f"FAILS {verdict.reason}: {verdict.message}")
     facts = (f"{info.shape[1]} x {info.shape[0]}", f"{info.mpp:.4g}", info.mpp_source)
     if plan is None or spec is None:
-        return (verdict.slide.slide_id, "", *facts, *[""] * 6, "opens")
+        return (verdict.slide.slide_id, "", *facts, *[""] * 7, "opens")
     return (
         verdict.slide.slide_id,
         spec.name,
@@ -120,6 +161,7 @@ def row(verdict: Verdict) -> tuple[str, ...]:
         f"{plan.recompute_share:.0%}",
         size(verdict.heatmap_bytes),
         size(verdict.memory_bytes),
+        ", ".join(verdict.read_with),
         "runs" if len(plan.tiles) else "runs, no tissue",
     )
 
@@ -143,6 +185,7 @@ def facts(verdict: Verdict) -> dict[str, object]:
         "heatmap_shape": plan.frame.shape,
         "heatmap_bytes": verdict.heatmap_bytes,
         "memory_bytes": verdict.memory_bytes,
+        "read_with": verdict.read_with,
     }
 
 
