@@ -186,8 +186,7 @@ def check(records: Path, numbers: range) -> Counter[tuple[str, str]]:
             sound = (records / "sound" / name).read_bytes()
             (damaged / name).write_bytes(mutate(sound, np.random.default_rng((SEED, number))))
             one = apart.call(name, confined, damaged, name)
-            if one.verdict not in ("read", "UsageError", "EnvironmentFault"):
-                print((number, name, one))
+            assert one.verdict in ("read", "UsageError", "EnvironmentFault"), (number, name, one)
             assert one.seconds < LONGEST_S, (number, name, one)
             assert "\n" not in one.detail, (number, name, one)
             found[name, one.verdict] += 1

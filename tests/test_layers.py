@@ -22,6 +22,7 @@ ORDER = [
     "pathology.stitch",
     "pathology.job",
     "pathology.durable",
+    "pathology.records",
     "pathology.events",
     "pathology.cores",
     "pathology.device",
