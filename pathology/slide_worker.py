@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -35,6 +35,8 @@ from pathology.plan import Plan, make_plan
 from pathology.readers import open_slide
 from pathology.slide import Slide
 from pathology.staging import slide_path
+from pathology.stain import VERSION as STAIN_VERSION
+from pathology.stain import Stains, fit_stains, parameters
 from pathology.threads import measure_reading
 from pathology.thumbnail import LARGEST_PX, picture
 from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, tissue_png
@@ -42,7 +44,7 @@ from pathology.work import Work
 
 KEPT_SLIDES = 4
 # Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
-LATER = ("margin_px", "features", "detections")
+LATER = ("margin_px", "features", "detections", "stain")
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -90,6 +92,7 @@ class _Kept:
         self.lock = threading.RLock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
         self.tissue: WeakKeyDictionary[Slide, dict[Area, TissueMask]] = WeakKeyDictionary()
+        self.stains: WeakKeyDictionary[Slide, dict[Area, Stains]] = WeakKeyDictionary()
         self.tissue_files: WeakKeyDictionary[Slide, dict[Area, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.pools: dict[int, ReadPool] = {}
@@ -149,7 +152,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
     slide, spec = open_slide_of(job), _spec(job)
     work, plan = open_work(job)
-    record = finish(job, work, plan, slide, spec)
+    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None)
     with _kept.lock:
         _kept.works.pop(job, None)
     emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})
@@ -161,6 +164,12 @@ def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Pla
     tissue = _tissue(slide, job)
     grid = _grid(job, slide, spec)
     return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
+
+
+def stain_of(job: Job) -> NDArray[np.float32] | None:
+    """The parameters of the slide's stains as the job's model takes them; None where it takes none."""
+    spec = _spec(job)
+    return parameters(spec.stain, _stains(open_slide_of(job), job)) if spec.stain else None
 
 
 def seconds_to_read(jobs: tuple[Job, ...]) -> float:
@@ -243,6 +252,15 @@ def _tissue(slide: Slide, job: Job) -> TissueMask:
     return found[area]
 
 
+def _stains(slide: Slide, job: Job) -> Stains:
+    """The slide's stains, fitted once as long as it is open; to all of its tissue, whatever part a job looks at."""
+    whole = replace(job, roi=None)
+    area, fitted = _area(whole), _kept.stains.setdefault(slide, {})
+    if area not in fitted:
+        fitted[area] = fit_stains(slide, _tissue(slide, whole))
+    return fitted[area]
+
+
 def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
     """The contents of `TISSUE_FILES`, made once as long as the slide is open."""
     area, made = _area(job), _kept.tissue_files.setdefault(slide, {})
@@ -269,6 +287,8 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "blend": job.blend if spec.output == "map" else "none",
         "precision": job.precision,
         "compile": job.compile,
+        # The stains themselves follow from what is above and from how they are fitted.
+        **({"stain": f"{spec.stain} {STAIN_VERSION}"} if spec.stain else {}),
     }
 
 

@@ -13,6 +13,7 @@ from pathology.geometry import Box
 from pathology.model import ModelSpec
 from pathology.plan import Plan
 from pathology.slide import Slide
+from pathology.stain import Stains
 from pathology.work import Work
 
 if TYPE_CHECKING:  # they bring zarr, which a run's driver has no use for
@@ -27,6 +28,7 @@ class Ended:
     """What a result is made of.
 
     bad_tiles  (m, 2) int32 row, col of the plan's tiles that could not be read
+    stains     of the slide, where the model took them
     """
 
     work: Work
@@ -34,6 +36,7 @@ class Ended:
     slide: Slide
     spec: ModelSpec
     bad_tiles: NDArray[np.int32]
+    stains: Stains | None = None
 
     @property
     def answered(self) -> NDArray[np.bool_]:
@@ -48,6 +51,8 @@ class Ended:
         from pathology.store import HeatmapMeta
 
         grid, provenance = self.plan.grid, {"key": self.work.key, "fields": self.work.fields}
+        if self.stains is not None:
+            provenance["stain"] = self.stains.record()
         return HeatmapMeta(self.plan.frame, spec, grid.tile_px, grid.stride_px, self.slide.info.fingerprint, provenance)
 
 
