@@ -260,7 +260,7 @@ class QueuedNetwork:
 
         def fetch() -> None:
             slot.tiles.copy_(source, non_blocking=True)
-            if slot.stains is not None and stains is not None:
+            if slot.stains is not None and stains is not None:  # a few numbers a tile, taken over before this returns
                 slot.stains.copy_(torch.from_numpy(stains), non_blocking=True)
 
         def forward() -> None:
