@@ -81,6 +81,7 @@ def test_tiles_are_onnxruntimes_and_the_map_their_plain_blend(folder: Path, tmp_
         out=str(tmp_path / "out"),
         overlap=0.5,
         min_tissue=0.45,
+        heatmap_dtype="float32",
         batch_size=2,
     )
     (outcome,) = run([job], "threads")
