@@ -222,7 +222,9 @@ def run(
 
         prestart()
     from pipelines.batch import Conduct, run_batch
+    from pipelines.fetch import require_fetched
 
+    require_fetched(models)
     conduct = Conduct(
         scheduler=scheduler,
         dashboard=dashboard,
@@ -258,7 +260,9 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
     """
     from pipelines.check import COLUMNS, facts, row, table
     from pipelines.check import check as verdicts
+    from pipelines.fetch import require_fetched
 
+    require_fetched(models)
     settings = _settings(**options, out=Path("out"))
     rows: list[tuple[str, ...]] = [COLUMNS]
     fails = 0

@@ -79,8 +79,9 @@ def add_model(path: str | Path, trust: str | None = None, name: str | None = Non
             raise ModelError(f"{folder} has no {wsinfer.WEIGHTS}; fetch the whole model folder")
         return trust_file(folder / wsinfer.WEIGHTS, "wsinfer", trust, name)
     card = read_card(folder)
-    if not (folder / card.weights.file).is_file():
-        raise ModelError(f"{folder} has no {card.weights.file}; fetch the whole model folder")
+    for file in filter(None, (card.weights.file, card.weights.data)):
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder} has no {file}; fetch the whole model folder")
     if (risky := folders.runs_code(folder, card)) is not None:
         return trust_file(risky[0], card.weights.format, trust, name)
     return register(folder, card.weights.format, card.spec.sha256, name)

@@ -104,7 +104,8 @@ def _network(folder: Path, card: Card, device: str) -> torch.nn.Module:
     weights = card.weights
     data, name = read_weights(folder / weights.file, weights.sha256), f"{weights.file} of model {card.spec.name}"
     if weights.format == "onnx":
-        return onnx_module(data, name)
+        beside = {weights.data: read_weights(folder / weights.data, weights.data_sha256)} if weights.data else {}
+        return onnx_module(data, name, beside)
     if weights.format == "safetensors":
         state = read_safetensors(data, name)
         check_finite(state, name)
