@@ -1,4 +1,4 @@
-"""Areas drawn or computed elsewhere: mask pictures and GeoJSON, as masks over a slide.
+"""Areas drawn or computed elsewhere: mask pictures, GeoJSON and results of other models, as masks over a slide.
 
 Promise: a mask pixel is inside a polygon if its centre is, by the even-odd rule, holes and overlapping rings included; a file
 that does not belong to the slide is refused.
@@ -20,22 +20,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pathology.errors import Reason, SlideError
+from pathology.errors import Reason, SlideError, UsageError
+from pathology.geometry import Box
+from pathology.model import ModelSpec
 from pathology.slide import SlideInfo
-from pathology.tissue import MAX_MASK_PX, PIXEL_UM, TissueMask
+from pathology.tissue import COARSEST_UM, MAX_MASK_PX, PIXEL_UM, TissueMask
 
 GEOJSON = {".geojson", ".json"}
 SHAPE_TOLERANCE = 0.02  # by which height over width of a mask may differ from the slide's: thumbnails are rounded
 MOST_BYTES = 2**28
+MANIFEST = "manifest.json"  # of a result's folder
 
 Ring = NDArray[np.float64]
 
 
 def read_tissue(path: Path, info: SlideInfo) -> TissueMask:
-    """The tissue that a file names: GeoJSON polygons, or a picture of the whole slide in which all but black is tissue.
+    """The tissue that a file names: GeoJSON polygons, or a picture of the whole slide in which all but black is tissue; or that
+    a folder holds, the result of a dense model for this slide.
 
     Raises SlideError (bad_mask) where it cannot be read or does not fit the slide.
     """
+    if path.is_dir():
+        return _predicted(path, info)
     if path.suffix.lower() in GEOJSON:
         pixel = max(PIXEL_UM / info.mpp, math.sqrt(math.prod(info.shape) / MAX_MASK_PX), 1.0)
         shape = tuple(math.ceil(side / pixel) for side in info.shape)
@@ -61,7 +67,11 @@ def within(tissue: TissueMask, roi: Path, info: SlideInfo) -> TissueMask:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of the file's bytes, looked at again only when it has changed. SlideError (bad_mask) where it cannot be read."""
+    """sha256 of the file's bytes, of a result's folder that of its manifest, looked at again only when it has changed.
+
+    SlideError (bad_mask) where it cannot be read.
+    """
+    path = path / MANIFEST if path.is_dir() else path
     state = _state(path)
     return _sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
 
@@ -93,6 +103,36 @@ def fill(shape: tuple[int, int], rings: Sequence[Ring]) -> NDArray[np.bool_]:
         np.bitwise_xor.at(turns, (rows, np.clip(np.ceil(x - 0.5), 0, shape[1]).astype(np.int64)), 1)
     inside: NDArray[np.bool_] = np.bitwise_xor.accumulate(turns, axis=1)[:, :-1].astype(bool)
     return inside
+
+
+def tissue_class(spec: ModelSpec) -> int:
+    """Which of a model's classes is tissue: the only one, or the one called so. UsageError where there is none."""
+    names = [name.casefold() for name in spec.classes]
+    if spec.output != "map" or (len(names) > 1 and "tissue" not in names):
+        raise UsageError(
+            f"model {spec.name} finds no tissue: it answers {spec.output} of {', '.join(names) or 'no class'}; "
+            "use one that answers a map with one class, or with one called tissue"
+        )
+    return names.index("tissue") if len(names) > 1 else 0
+
+
+def _predicted(folder: Path, info: SlideInfo) -> TissueMask:
+    """Where a result's class of tissue reaches its threshold, on the coarsest level that shows it well enough."""
+    from pathology.result import open_heatmap  # brings zarr
+
+    try:
+        heatmap = open_heatmap(folder)
+        number = tissue_class(heatmap.spec)
+    except UsageError as error:
+        raise _bad(folder, str(error)) from error
+    if heatmap.meta.fingerprint != info.fingerprint:
+        raise _bad(folder, "it is the result of another slide")
+    levels = range(len(heatmap.arrays))
+    level = max((k for k in levels if heatmap.level_frame(k).mpp <= COARSEST_UM), default=0)
+    frame = heatmap.level_frame(level)
+    scores = heatmap.read(level, Box(0, 0, *frame.shape))[number]
+    mask = scores >= np.float32(heatmap.spec.threshold[number])
+    return TissueMask(mask, (frame.l0_pixel, frame.l0_pixel), info.mpp, info.shape, f"model {heatmap.spec.name}")
 
 
 def _drawn(path: Path, info: SlideInfo, shape: tuple[int, int], l0_pixel: tuple[float, float]) -> NDArray[np.bool_]:

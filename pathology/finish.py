@@ -58,7 +58,8 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stai
     with output_faults(partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        written = write_output(partial, Ended(work, plan, slide, spec, np.array(bad_tiles, np.int32).reshape(-1, 2), stains))
+        bad = np.array(bad_tiles, np.int32).reshape(-1, 2)
+        written = write_output(partial, Ended(work, plan, slide, spec, bad, job.heatmap_dtype, stains))
         if bad_tiles:
             (partial / BAD_TILES).write_text(_bad_tiles_csv(plan, bad_tiles))
         manifest = _manifest(partial, job.slide_folder, work)

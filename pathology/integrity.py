@@ -13,6 +13,7 @@ from pathology.finish import MANIFEST, RESULT, read_manifest, read_record
 
 # Made from a result at any time, by `pathology export`; not part of it.
 EXPORTS = ("tiles.csv", "tiles.geojson", "detections.csv", "detections.geojson", "heatmap-*.png")
+EXPORTED_FOLDERS = {"heatmap-0.4.ome.zarr"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def verify_result(folder: Path) -> Iterator[Difference]:
     yield from _files(folder.parent, manifest["slide_files"])
     known = {folder / name for name in (*manifest["files"], MANIFEST, RESULT)}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in known and not any(path.match(pattern) for pattern in EXPORTS):
+        exported = path.relative_to(folder).parts[0] in EXPORTED_FOLDERS or any(path.match(pattern) for pattern in EXPORTS)
+        if path.is_file() and path not in known and not exported:
             yield Difference(path, "unexpected")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pathology.encoding import Dtype
 from pathology.errors import UsageError
 from pathology.model import ModelSpec
 from pathology.stitch import Blend
@@ -37,6 +38,8 @@ class Job:
     tissue       how tissue is found: "otsu", "none", or a file of it (`areas.read_tissue`)
     roi          GeoJSON file of polygons outside which nothing is inferred; None: the whole slide
     blend        weights where dense answers overlap
+    heatmap_mpp    um per pixel of dense maps, at most: pooled from the model's own; None: as it answers
+    heatmap_dtype  how dense maps are stored; "auto": probabilities as uint8, values as float32
     block        strides a side of a region; None: as the plan sees fit
     on_bad_tile  a tile that cannot be decoded: "mask" leaves it NaN and the slide "partial", "fail" fails the slide
     device       "cpu", "cuda", "cuda:N", "mps"
@@ -68,6 +71,8 @@ class Job:
     tissue: str = "otsu"
     roi: str | None = None
     blend: Blend = "hann"
+    heatmap_mpp: float | None = None
+    heatmap_dtype: Dtype | Literal["auto"] = "auto"
     block: int | None = None
     on_bad_tile: Literal["mask", "fail"] = "mask"
     device: str = "cpu"

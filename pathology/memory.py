@@ -20,6 +20,7 @@ from pathology.job import Job
 from pathology.model import ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
+from pathology.models.pool import pooled
 from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
 from pathology.predictor import IN_FLIGHT
 from pathology.readers.opened import CACHE_BYTES
@@ -50,7 +51,7 @@ def _own_peak(job: Job, modules: Sequence[str]) -> int:
         importlib.import_module(module)
     if job.threads:
         set_threads(job.threads)
-    warm_up(load_model(job.model, job.device, job.precision, job.compile), job.batch_size)
+    warm_up(pooled(load_model(job.model, job.device, job.precision, job.compile), job.heatmap_mpp), job.batch_size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

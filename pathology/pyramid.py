@@ -7,7 +7,7 @@ puts its centre at the mean of their centres.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,9 @@ def halve(block: NDArray[np.float32]) -> NDArray[np.float32]:
     return means
 
 
+Window = tuple[float, float, float, float]
+
+
 class ShardGather:
     """Makes the whole shards of a lower level from those of the level before; holds the unfinished ones only."""
 
@@ -118,29 +121,37 @@ class ShardGather:
         return whole, pixels
 
 
-def ngff_attributes(frame: HeatmapFrame, spec: ModelSpec, levels: Sequence[Level]) -> dict[str, Any]:
-    """The `ome` attributes of a heatmap: one multiscale image in um with one named, coloured channel per class.
+def transforms(frame: HeatmapFrame, levels: int, leading: int) -> list[dict[str, Any]]:
+    """NGFF `datasets`: where the levels' pixels lie, for y and x after so many `leading` axes.
 
     NGFF places pixel centres, and um from the centre of the slide's pixel 0: the centre of the first pixel of level k is
     that of heatmap pixel 0 plus (2^k - 1) / 2 heatmap pixels (https://ngff.openmicroscopy.org/0.5).
     """
     datasets = []
-    for k in range(len(levels)):
+    for k in range(levels):
         pixel = frame.mpp * 2**k
         first = frame.translation_um + frame.mpp * (2**k - 1) / 2
-        scale = {"type": "scale", "scale": [1.0, pixel, pixel]}
-        translation = {"type": "translation", "translation": [0.0, first, first]}
+        scale = {"type": "scale", "scale": [*[1.0] * leading, pixel, pixel]}
+        translation = {"type": "translation", "translation": [*[0.0] * leading, first, first]}
         datasets.append({"path": str(k), "coordinateTransformations": [scale, translation]})
-    low, high = spec.display
+    return datasets
+
+
+def ngff_attributes(frame: HeatmapFrame, spec: ModelSpec, levels: int, window: Window) -> dict[str, Any]:
+    """The `ome` attributes of a heatmap: one multiscale image in um with one named, coloured channel per class.
+
+    window  of what is stored: the whole range, and that shown
+    """
     channels = [
         {
             "label": name,
             "color": "{:02X}{:02X}{:02X}".format(*color),
-            "window": {"min": low, "max": high, "start": low, "end": high},
+            "window": dict(zip(("min", "max", "start", "end"), window, strict=True)),
             "active": True,
         }
         for name, color in zip(spec.classes, class_colors(spec.colors, len(spec.classes)), strict=True)
     ]
+    datasets = transforms(frame, levels, 1)
     axes = [
         {"name": "c", "type": "channel"},
         {"name": "y", "type": "space", "unit": "micrometer"},

@@ -18,6 +18,7 @@ from zarr.storage import LocalStore
 
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.geometry import Box, HeatmapFrame
+from pathology.labels import LABELS_NAME, has_labels
 from pathology.model import ModelSpec
 from pathology.store import ATTRIBUTES, STORE_NAME, HeatmapMeta
 
@@ -32,7 +33,7 @@ class Heatmap:
     path    the store
     attrs   this project's own attributes, as written (schema, frame, model, fingerprint, provenance, ...)
     meta    the same as values
-    arrays  the Zarr arrays, (classes, height, width) float32, level 0 first
+    arrays  the Zarr arrays, (classes, height, width), level 0 first, as stored: `meta.encoding` tells scores of them
     """
 
     path: Path
@@ -60,7 +61,22 @@ class Heatmap:
         """(classes, height, width) float32 lazy arrays, NaN where not predicted; each level half the one before."""
         import dask.array as da
 
-        return tuple(da.from_array(array, chunks=array.chunks, name=False) for array in self.arrays)  # type: ignore[no-untyped-call]
+        decode = self.meta.encoding.decode
+        lazy = (da.from_array(array, chunks=array.chunks, name=False) for array in self.arrays)  # type: ignore[no-untyped-call]
+        return tuple(array.map_blocks(decode, dtype=np.float32) for array in lazy)
+
+    @property
+    def labels(self) -> tuple[da.Array, ...]:
+        """(height, width) lazy arrays, a level each: 1 + the number of the likeliest class, 0: none. () where not stored."""
+        import dask.array as da
+
+        return tuple(da.from_array(array, chunks=array.chunks, name=False) for array in self.label_arrays)  # type: ignore[no-untyped-call]
+
+    @property
+    def label_arrays(self) -> tuple[zarr.Array[Any], ...]:
+        """The Zarr arrays of the same."""
+        levels = range(len(self.arrays) if has_labels(self.spec) else 0)
+        return tuple(_open_array(self.path, f"labels/{LABELS_NAME}/{k}") for k in levels)
 
     def level_shape(self, level: int) -> tuple[int, int]:
         """(height, width) of a level in px."""
@@ -90,7 +106,7 @@ class Heatmap:
         if box.intersect(Box(0, 0, height, width)) != box:
             raise UsageError(f"{box} reaches out of level {level} of {height} x {width} px; ask for a part of it")
         try:
-            return np.asarray(array[:, *box.slices()], np.float32)
+            return self.meta.encoding.decode(np.asarray(array[:, *box.slices()]))
         except ValueError as error:
             raise EnvironmentFault(
                 f"heatmap {self.path} is damaged at level {level} ({error}); make it again, and look after the disk"
@@ -123,14 +139,18 @@ def open_heatmap(path: str | Path) -> Heatmap:
     shape = (len(meta.spec.classes), *meta.frame.shape)
     arrays: list[zarr.Array[Any]] = []
     for level in range(levels):
-        try:
-            array = zarr.open_array(LocalStore(store / str(level), read_only=True), mode="r", zarr_format=3)
-        except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-            raise UsageError(f"heatmap {store} is damaged: level {level} cannot be opened ({error}); make it again") from error
-        if array.shape != shape or array.dtype != np.float32:
+        array, dtype = _open_array(store, str(level)), meta.encoding.dtype
+        if array.shape != shape or array.dtype != dtype:
             raise UsageError(
-                f"heatmap {store} is damaged: level {level} is {array.dtype} {array.shape}, not float32 {shape}; make it again"
+                f"heatmap {store} is damaged: level {level} is {array.dtype} {array.shape}, not {dtype} {shape}; make it again"
             )
         arrays.append(array)
         shape = (shape[0], (shape[1] + 1) // 2, (shape[2] + 1) // 2)
     return Heatmap(store, own, meta, tuple(arrays))
+
+
+def _open_array(store: Path, name: str) -> zarr.Array[Any]:
+    try:
+        return zarr.open_array(LocalStore(store / name, read_only=True), mode="r", zarr_format=3)
+    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"heatmap {store} is damaged: level {name} cannot be opened ({error}); make it again") from error

@@ -23,6 +23,7 @@ from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by
 from pathology.clock import Clock, counting
+from pathology.encoding import choose_encoding
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
@@ -31,6 +32,7 @@ from pathology.job import Job, key_difference, key_of
 from pathology.memory import CACHE_SHARE
 from pathology.model import ModelSpec
 from pathology.models import load_spec
+from pathology.models.pool import pooled_spec
 from pathology.plan import Plan, make_plan
 from pathology.readers import open_slide
 from pathology.slide import Slide
@@ -272,6 +274,7 @@ def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
 
 def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
     """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
+    dtype = choose_encoding(spec, job.heatmap_dtype).dtype
     return {
         "schema": 1,
         "slide": slide.info.fingerprint,
@@ -287,6 +290,7 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "blend": job.blend if spec.output == "map" else "none",
         "precision": job.precision,
         "compile": job.compile,
+        **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
         # The stains themselves follow from what is above and from how they are fitted.
         **({"stain": f"{spec.stain} {STAIN_VERSION}"} if spec.stain else {}),
     }
@@ -396,8 +400,8 @@ def _spec(job: Job) -> ModelSpec:
     """The card of the job's model, which is loaded for it only where there is no other way."""
     if job.model not in cards:
         cards[job.model] = load_spec(job.model)
-    return cards[job.model]
+    return pooled_spec(cards[job.model], job.heatmap_mpp)
 
 
-# Of models whose card was read, or that were loaded in this process.
+# Of models whose card was read, or that were loaded in this process; before their maps are pooled.
 cards: dict[str, ModelSpec] = {}

@@ -26,8 +26,8 @@ from pathology.tissue import TissueMask
 # Of the sample and the fit; part of a result's key, because it decides values.
 VERSION = 1
 
-# The sample: squares at one resolution, whatever the model's. Nuclei are some pixels wide there; 64 squares hold 2.4 mm2.
-SAMPLE_MPP = 2.0
+# The sample: squares at one resolution, whatever the model's. Nuclei are some pixels wide there; 64 squares hold 0.6 mm2.
+SAMPLE_MPP = 1.0
 SQUARE_PX = 96
 SQUARES = 64
 SQUARE_TISSUE = 0.5  # share of a square that should be tissue

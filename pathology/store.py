@@ -1,15 +1,15 @@
-"""A heatmap on disk: an OME-Zarr 0.5 group (Zarr v3) of float32 scores with its pyramid and all that explains them.
+"""A heatmap on disk: an OME-Zarr 0.5 group (Zarr v3) of scores with its pyramid, its label image and all that explains them.
 
 Promise: every shard is written once, whole, by the calling thread, each inner chunk and shard index with its crc32c; equal
-input gives equal bytes. NaN means not predicted; a chunk or shard of nothing but NaN is not on disk, so that one is
-missing by accident shows only in the result's manifest.
+input gives equal bytes. NaN, or code 0 of bytes, means not predicted; a chunk or shard of nothing else is not on disk, so that
+one is missing by accident shows only in the result's manifest.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from pathology.durable import output_faults
+from pathology.encoding import FLOAT32, Encoding
 from pathology.errors import UsageError
 from pathology.geometry import Box, HeatmapFrame
+from pathology.labels import LABELS_NAME, has_labels, label_attributes, label_block, label_dtype
 from pathology.model import DetectionRule, ModelSpec, ReadRule
-from pathology.pyramid import ShardGather, make_levels, ngff_attributes
+from pathology.pyramid import NGFF_VERSION, Level, ShardGather, Window, make_levels, ngff_attributes
 
 SCHEMA = 2
 
@@ -45,6 +47,7 @@ class HeatmapMeta:
     tile_px      side of a tile, in px at the model's mpp
     stride_px    distance of neighbouring tiles, likewise
     fingerprint  the slide's
+    encoding     how scores are stored
     provenance   parameters, reader, precision, versions that decide values; JSON values only, no time, host or path
     """
 
@@ -54,6 +57,7 @@ class HeatmapMeta:
     stride_px: int
     fingerprint: str
     provenance: dict[str, Any]
+    encoding: Encoding = FLOAT32
 
     def to_json(self) -> dict[str, Any]:
         """JSON values in a fixed order, of which `from_json` makes an equal meta. Raises ValueError for NaN and infinity."""
@@ -66,6 +70,7 @@ class HeatmapMeta:
             "fingerprint": self.fingerprint,
             "model": asdict(self.spec),
             "provenance": self.provenance,
+            "encoding": {**asdict(self.encoding), "not_predicted": 0 if self.encoding.dtype == "uint8" else "NaN"},
         }
         values: dict[str, Any] = json.loads(json.dumps(fields, sort_keys=True, allow_nan=False))
         return values
@@ -87,6 +92,7 @@ class HeatmapMeta:
                 stride_px=values["stride_px"],
                 fingerprint=values["fingerprint"],
                 provenance=values["provenance"],
+                encoding=Encoding(**{name: values["encoding"][name] for name in ("dtype", "low", "high")}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"heatmap's own attributes are damaged ({error}); make the heatmap again") from error
@@ -123,40 +129,81 @@ def write_heatmap(path: Path, meta: HeatmapMeta, read: Callable[[Box], NDArray[n
     shard of level 0, in row-major order. Memory: about one shard per level. Files are not synced to disk here.
     Raises EnvironmentFault where the disk is full or gone.
     """
+    encoding = meta.encoding
     levels = make_levels(len(meta.spec.classes), meta.frame.shape)
-    attributes = {"ome": ngff_attributes(meta.frame, meta.spec, levels), ATTRIBUTES: meta.to_json()}
+    attributes = {"ome": ngff_attributes(meta.frame, meta.spec, len(levels), _window(meta)), ATTRIBUTES: meta.to_json()}
     tallies = [_Tally(name, threshold) for name, threshold in zip(meta.spec.classes, meta.spec.threshold, strict=True)]
     with output_faults(path):
         if path.exists():
             shutil.rmtree(path)
         group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=attributes)
         arrays = [
-            group.create_array(
-                str(k),
-                shape=level.shape,
-                chunks=level.chunk,
-                shards=level.shard,
-                dtype=np.float32,
-                fill_value=np.nan,
-                compressors=codecs(),
-                dimension_names=("c", "y", "x"),
-                config={"write_empty_chunks": False},  # not left to the user's zarr settings: it decides which files there are
-            )
+            _array(group, str(k), (level.shape, level.chunk, level.shard), ("c", "y", "x"), encoding.dtype, encoding.fill)
             for k, level in enumerate(levels)
         ]
+        labels = _label_arrays(group, meta, levels) if has_labels(meta.spec) else []
+
+        def put(level: int, box: Box, block: NDArray[np.float32]) -> None:
+            arrays[level][:, *box.slices()] = encoding.encode(block)
+            if labels:
+                labels[level][box.slices()] = label_block(block, meta.spec)
+
         gathers = [ShardGather(level) for level in levels[1:]]
         for shard in levels[0].shard_boxes():
             box, block = shard, _checked(read(shard), shard, len(tallies))
             for tally, scores in zip(tallies, block, strict=True):
                 tally.add(scores)
-            arrays[0][:, *box.slices()] = block
-            for array, gather in zip(arrays[1:], gathers, strict=True):
+            put(0, box, block)
+            for k, gather in enumerate(gathers, start=1):
                 whole = gather.add(box, block)
                 if whole is None:
                     break
                 box, block = whole
-                array[:, *box.slices()] = block
+                put(k, box, block)
     return HeatmapSummary(tuple(tally.summary(meta.frame.mpp) for tally in tallies))
+
+
+def _array(
+    group: zarr.Group,
+    name: str,
+    cut: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    axes: tuple[str, ...],
+    dtype: str,
+    fill: float,
+) -> zarr.Array[Any]:
+    """A new array of `cut` (shape, chunk, shard)."""
+    shape, chunk, shard = cut
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunk,
+        shards=shard,
+        dtype=dtype,
+        fill_value=fill,
+        compressors=codecs(),
+        dimension_names=axes,
+        config={"write_empty_chunks": False},  # not left to the user's zarr settings: it decides which files there are
+    )
+
+
+def _label_arrays(group: zarr.Group, meta: HeatmapMeta, levels: Sequence[Level]) -> list[zarr.Array[Any]]:
+    """The arrays of the label image, a level each, cut as the heatmap's."""
+    group.create_group("labels", attributes={"ome": {"version": NGFF_VERSION, "labels": [LABELS_NAME]}})
+    attributes = {"ome": label_attributes(meta.frame, meta.spec, levels)}
+    image = group.create_group(f"labels/{LABELS_NAME}", attributes=attributes)
+    return [
+        _array(image, str(k), (level.shape[1:], level.chunk[1:], level.shard[1:]), ("y", "x"), label_dtype(meta.spec), 0)
+        for k, level in enumerate(levels)
+    ]
+
+
+def _window(meta: HeatmapMeta) -> Window:
+    """(min, max, start, end) of what is stored: for viewers."""
+    low, high = meta.spec.display
+    if meta.encoding.dtype != "uint8":
+        return low, high, low, high
+    start, end = meta.encoding.encode(np.array([low, high], np.float32)).tolist()
+    return 0, 255, start, end
 
 
 def codecs() -> list[ZstdCodec | Crc32cCodec]:
@@ -165,10 +212,9 @@ def codecs() -> list[ZstdCodec | Crc32cCodec]:
 
 
 def _checked(block: NDArray[np.float32], box: Box, classes: int) -> NDArray[np.float32]:
-    """A copy with every NaN of one bit pattern: processors differ in what 0 / 0 gives, and bytes on disk must not."""
     if block.dtype != np.float32 or block.shape != (classes, *box.shape):
         raise ValueError(f"scores of {box} are {block.dtype} {block.shape}; they must be float32 {(classes, *box.shape)}")
-    return np.where(np.isnan(block), np.float32(np.nan), block)
+    return block
 
 
 class _Tally:

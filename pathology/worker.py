@@ -32,6 +32,7 @@ from pathology.model import Model, ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
 from pathology.models.pieces import piece_tiles
+from pathology.models.pool import pooled
 from pathology.plan import Plan
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.threads import Split, measure_model, split_threads
@@ -53,7 +54,7 @@ _kept = _Kept()
 
 def model_of(job: Job) -> tuple[object, ...]:
     """What decides how a job's model is run: jobs for which it is equal share one check."""
-    return (job.model, job.device, job.precision, job.compile, job.batch_size, job.threads, job.readers)
+    return (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size, job.threads, job.readers)
 
 
 def check_model(job: Job) -> ModelSpec:
@@ -146,10 +147,11 @@ def _model(job: Job) -> Model:
         if _kept.threads != job.threads:
             set_threads(job.threads or 1)  # one while it is measured how many there should be
             _kept.threads = job.threads
-        name = (job.model, job.device, job.precision, job.compile)
+        name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp)
         if name not in _kept.models:
-            model = _kept.models[name] = load_model(job.model, job.device, job.precision, job.compile)
+            model = load_model(job.model, job.device, job.precision, job.compile)
             slide_worker.cards[job.model] = model.spec
+            _kept.models[name] = pooled(model, job.heatmap_mpp)
         return _kept.models[name]
 
 
@@ -165,7 +167,7 @@ def _predict(job: Job, spec: ModelSpec, in_order: bool) -> Predict:
     if in_order:
         return functools.partial(predict_in_order, model, job.batch_size, stain=stain)
     with _kept.lock:
-        name = (job.model, job.device, job.precision, job.compile, job.batch_size)
+        name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size)
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
         return functools.partial(_kept.predictors[name].predict, stain=stain)

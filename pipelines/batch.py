@@ -60,10 +60,11 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on."""
     from pathology.device import choose_device, device_count
     from pathology.models import load_spec
+    from pathology.models.pool import pooled_spec
     from pathology.runner import run
 
     began = time.monotonic()
-    specs = {ref: load_spec(ref) for ref in models}
+    specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
     device = choose_device(settings.device)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pathology.cores import core_count
+from pathology.encoding import choose_encoding
 from pathology.errors import SlideError, UsageError
 from pathology.job import Job
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
+from pathology.models.pool import pooled_spec
 from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
@@ -38,7 +42,7 @@ class Verdict:
 
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
-    specs = {ref: load_spec(ref) for ref in models}
+    specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     peaks: dict[str, int] = {}
     for entry in slides:
         try:
@@ -59,8 +63,8 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
 def _verdict(entry: SlideEntry, info: SlideInfo, spec: ModelSpec, plan: Plan, job: Job, peak: int) -> Verdict:
     height, width = plan.frame.shape
     pyramid = 4 / 3 if max(height, width) > 256 else 1.0
-    numbers = len(plan.tiles) * spec.features or height * width * len(spec.classes) * pyramid
-    stored = int(numbers * 4)
+    dtype = np.dtype(choose_encoding(spec, job.heatmap_dtype).dtype)
+    stored = int(len(plan.tiles) * spec.features * 4 or height * width * len(spec.classes) * pyramid * dtype.itemsize)
     memory = run_bound(plan, spec, job, peak, job.readers or core_count())
     return Verdict(entry, info, spec, plan, stored, memory)
 

@@ -24,6 +24,9 @@ from pipelines.recipes import known_recipes, recipe_option
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
 
+# The kinds of `pathology.export.result`, whose imports would make help slow.
+EXPORTS = ["csv", "qupath", "png", "ngff-0.4"]
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -100,6 +103,18 @@ def job_options(command: Command) -> Command:
             show_default=True,
             help="Weights over a tile where dense answers overlap; gaussian is MONAI's.",
         ),
+        click.option(
+            "--heatmap-mpp",
+            type=float,
+            help="Coarsest um per pixel of dense maps: means are taken where the model runs.  [default: as it answers]",
+        ),
+        click.option(
+            "--heatmap-dtype",
+            type=click.Choice(["auto", "uint8", "float16", "float32"]),
+            default="auto",
+            show_default=True,
+            help="How dense maps are stored; auto: probabilities as uint8 in steps of 1/254, values as float32.",
+        ),
         click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
         click.option("--num-workers", type=int, help="Threads that read tiles, for each device.  [default: measured]"),
         click.option(
@@ -137,7 +152,7 @@ def job_options(command: Command) -> Command:
     help="sync, threads, processes (two for each device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
 )
 @click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
-@click.option("--export", "exports", multiple=True, type=click.Choice(["csv", "qupath", "png"]), help="Write these as well.")
+@click.option("--export", "exports", multiple=True, type=click.Choice(EXPORTS), help="Write these as well.")
 @click.option(
     "--on-bad-tile",
     type=click.Choice(["mask", "fail"]),
@@ -327,11 +342,13 @@ def verify(folder: Path) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--to", "kinds", multiple=True, required=True, type=click.Choice(["csv", "qupath", "png"]))
+@click.option("--to", "kinds", multiple=True, required=True, type=click.Choice(["csv", "qupath", "png", "ngff-0.4"]))
 @click.option("--slide", "slide_id", help="Only the slide of this id.")
 @one_line_errors
 def export(folder: Path, kinds: tuple[str, ...], slide_id: str | None) -> None:
-    """Write tiles.csv, tiles.geojson (QuPath) or heatmap-<class>.png beside every result in FOLDER."""
+    """Write tiles.csv, tiles.geojson (QuPath), heatmap-<class>.png or heatmap-0.4.ome.zarr (QuPath, Fiji) beside every result
+    in FOLDER; of detections detections.csv and detections.geojson.
+    """
     from pathology.errors import UsageError
     from pathology.export.result import export_result
 

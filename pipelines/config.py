@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pathology.encoding import Dtype
 from pathology.errors import UsageError
 from pathology.job import Job, ReaderName
 from pathology.stitch import Blend
@@ -25,6 +26,8 @@ class Settings:
     tissue: str = "otsu"
     roi: Path | None = None
     blend: Blend = "hann"
+    heatmap_mpp: float | None = None
+    heatmap_dtype: Dtype | Literal["auto"] = "auto"
     device: str = "auto"
     batch_size: int = 32
     readers: int | None = None
@@ -79,6 +82,8 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             tissue=tissue if slide.mask is None else str(slide.mask.absolute()),
             roi=_path(settings.roi if slide.roi is None else slide.roi),
             blend=settings.blend,
+            heatmap_mpp=settings.heatmap_mpp,
+            heatmap_dtype=settings.heatmap_dtype,
             device=device,
             batch_size=settings.batch_size,
             threads=settings.threads or 0,

@@ -22,6 +22,7 @@ import pathology
 from pathology.areas import file_sha256, fill, read_tissue, within
 from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
+from pathology.model import ModelSpec
 from pathology.slide import SlideInfo
 from pathology.tissue import TissueMask
 from pipelines.cli import main
@@ -273,3 +274,65 @@ def test_a_misspelt_method_is_refused_before_anything_runs(slide: Path, tmp_path
     assert result.exit_code == 2
     assert "tissue otsuu is neither otsu nor none nor a file" in result.output
     assert not (tmp_path / "out").exists()
+
+
+# Results of other models
+
+
+class Finder:
+    """A dense model at 8 um per pixel that calls what is not white tissue; `classes` as asked."""
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.spec = ModelSpec(
+            "finder", "ef" * 32, classes, mpp=8.0, tile_px=16, input_px=16, output_px=16, threshold=(0.75,) * len(classes)
+        )
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        coloured = (tiles.min(axis=3) < 230).astype(np.float32)[:, None]
+        return np.concatenate([coloured if name != "glass" else 1 - coloured for name in self.spec.classes], axis=1)
+
+
+def finder(classes: str = "tissue") -> Finder:
+    return Finder(tuple(classes.split("-")))
+
+
+def found_by(classes: str, slide: Path, out: Path) -> Path:
+    """The folder of the result of such a model."""
+    wanted = pathology.Job(
+        slide=str(slide),
+        slide_id="s",
+        root=str(slide),
+        model=f"tests.test_areas:finder?classes={classes}",
+        out=str(out),
+        tissue="none",
+    )
+    (outcome,) = pathology.run([wanted], "sync")
+    assert outcome.status == "ok", outcome.message
+    return wanted.result_folder("finder")
+
+
+@pytest.mark.parametrize("classes", ["tissue", "nest", "glass-Tissue"])
+def test_the_result_of_another_model_is_tissue(tmp_path: Path, classes: str) -> None:
+    pixels = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    pixels[100:220, 240:400] = (200, 80, 160)
+    slide = write_tiff(tmp_path / "s.tiff", [pixels], mpp=MPP)
+    folder = found_by(classes, slide, tmp_path / "out")
+    with pathology.open_slide(slide) as opened:
+        tissue = read_tissue(folder, opened.info)
+    assert tissue.l0_pixel == (4.0, 4.0)
+    expected = np.zeros((100, 150), bool)
+    expected[25:55, 60:100] = True
+    np.testing.assert_array_equal(tissue.mask, expected)
+    assert tissue.method == "model finder"
+    assert file_sha256(folder) == file_sha256(folder / "manifest.json")
+
+
+def test_results_that_say_nothing_of_this_slides_tissue_are_refused(slide: Path, info: SlideInfo, tmp_path: Path) -> None:
+    folder = found_by("nest-stroma", slide, tmp_path / "out")
+    with pytest.raises(SlideError, match="model finder finds no tissue: it answers map of nest, stroma; use one"):
+        read_tissue(folder, info)
+    with pytest.raises(SlideError, match="is no heatmap"):
+        read_tissue(tmp_path, info)
+    other = write_tiff(tmp_path / "t.tiff", [noise_pixels(HEIGHT, WIDTH, 5)], mpp=MPP)
+    with pathology.open_slide(other) as opened, pytest.raises(SlideError, match="it is the result of another slide"):
+        read_tissue(found_by("tissue", slide, tmp_path / "out2"), opened.info)

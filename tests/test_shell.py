@@ -27,7 +27,7 @@ from pathology.store import STORE_NAME
 from pathology.tissue import find_tissue
 from pipelines.cli import main
 from pipelines.fetch import fetch, published
-from tests.real_slides import cmu_small_region, shell_wheel
+from tests.real_slides import cmu_small_region, prostate_field, shell_wheel
 
 TILE, STRIDE = 512, 256
 
@@ -81,6 +81,7 @@ def test_tiles_are_onnxruntimes_and_the_map_their_plain_blend(folder: Path, tmp_
         out=str(tmp_path / "out"),
         overlap=0.5,
         min_tissue=0.45,
+        heatmap_dtype="float32",
         batch_size=2,
     )
     (outcome,) = run([job], "threads")
@@ -115,6 +116,31 @@ def test_tiles_are_onnxruntimes_and_the_map_their_plain_blend(folder: Path, tmp_
     blend = sums[:, :height, :width][:, there] / weights[:height, :width][there]
     np.testing.assert_allclose(found[:, there], blend, atol=1e-5)
     assert found[1][there].max() > 0.9  # some epithelium
+
+
+@pytest.mark.slow
+def test_the_recipe_finds_the_glands_of_a_prostate(own_home: Path, tmp_path: Path) -> None:
+    """Points were picked by eye on the picture, before and beside the overlay, in px of 1 um."""
+    fetch("shell", shell_wheel())
+    out = tmp_path / "out"
+    done = invoke(
+        *("run", "--recipe", "prostate-glands", prostate_field(), "--slide-mpp", 0.5, "--out", out, "--scheduler", "threads")
+    )
+    assert done.exit_code == 0, done.output
+    (result,) = out.glob("slides/*/shell")
+    assert (result / "heatmap-epithelium.png").is_file()
+    heatmap = open_heatmap(result / STORE_NAME)
+    scores = heatmap.read(0, Box(0, 0, *heatmap.frame.shape))
+    assert heatmap.spec.classes == ("lumen", "epithelium", "rest")
+    points = {
+        0: [(286, 765), (430, 940), (239, 1147), (1036, 1116), (286, 318), (526, 175)],
+        1: [(138, 797), (634, 797)],
+        2: [(956, 956), (478, 398), (1036, 95), (765, 765), (95, 605)],
+    }
+    for place, those in points.items():
+        for x, y in those:
+            assert scores[place, y, x] > 0.8, (heatmap.spec.classes[place], x, y)
+    assert 0.07 < (scores[1] > 0.5).mean() < 0.13
 
 
 # Fetching

@@ -33,6 +33,7 @@ from pathology.slide_worker import key_fields
 from pathology.stain import (
     LEAST_STAINED_PX,
     PARAMETERS,
+    SAMPLE_MPP,
     SQUARE_PX,
     SQUARES,
     TARGET_AMOUNTS,
@@ -184,7 +185,7 @@ def test_only_tissue_is_looked_at(pixels: NDArray[np.uint8]) -> None:
     mask[20:80, 20:80] = True
     found = fit_stains(slide, TissueMask(mask, (16.0, 16.0), 0.5, (1600, 3200)))
     np.testing.assert_allclose(found.haematoxylin, unit(OTHER[0]), atol=0.03)
-    assert 0 < found.pixels <= mask.sum() * (16 * 0.5 / 2.0) ** 2
+    assert 0 < found.pixels <= mask.sum() * (16 * 0.5 / SAMPLE_MPP) ** 2
 
 
 def test_squares_that_cannot_be_decoded_are_left_out(pixels: NDArray[np.uint8], slide: Slide) -> None:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from pathology.errors import UsageError
+from pathology.export.ngff04 import NAME as NGFF04
+from pathology.export.ngff04 import write_ngff04
 from pathology.export.png import heatmap_png
 from pathology.export.qupath import write_qupath, write_qupath_objects
 from pathology.export.table import read_objects, read_parquet, write_csv, write_objects_csv
@@ -18,13 +20,14 @@ from pathology.outputs.ended import TILES
 from pathology.result import open_heatmap
 from pathology.store import STORE_NAME
 
-KINDS = ("csv", "qupath", "png")
+KINDS = ("csv", "qupath", "png", "ngff-0.4")
 # A picture of a dense map is made of the finest pyramid level that is no larger.
 PICTURE_SIDE_PX = 8192
 
 
 def export_result(folder: Path, kind: str) -> list[Path]:
-    """Write `kind` beside the result in `folder`: "csv" tiles.csv, "qupath" tiles.geojson, "png" heatmap-<class>.png.
+    """Write `kind` beside the result in `folder`: "csv" tiles.csv, "qupath" tiles.geojson, "png" heatmap-<class>.png,
+    "ngff-0.4" heatmap-0.4.ome.zarr.
 
     Of detections csv and qupath are detections.csv and detections.geojson. Returns the files written. Raises UsageError for
     another kind, and for one that the model's answers cannot be written as.
@@ -41,6 +44,9 @@ def export_result(folder: Path, kind: str) -> list[Path]:
     heatmap = open_heatmap(folder)
     bounds = None if record["bounds"] is None else Box(*record["bounds"])
     fingerprint = heatmap.meta.fingerprint
+    if kind == "ngff-0.4":
+        write_ngff04(folder / NGFF04, heatmap)
+        return [folder / NGFF04]
     if kind == "png":
         fitting = [k for k in range(len(heatmap.arrays)) if max(heatmap.level_shape(k)) <= PICTURE_SIDE_PX]
         level = fitting[0] if fitting else len(heatmap.arrays) - 1

@@ -72,6 +72,7 @@ class TorchNetwork:
         self.device = torch.device(device)
         self._activation = activation
         self._form: Form = form
+        self._pool = 1
         self._dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._network: Any = network.eval().to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._scripted = isinstance(network, torch.jit.ScriptModule)
@@ -120,6 +121,11 @@ class TorchNetwork:
         firsts = range(0, len(tiles), size)
         self._crew.run(compute, firsts, self._alone)
         return scores
+
+    def pool(self, spec: ModelSpec) -> None:
+        """Answer maps of `spec.output_px` from now on: means over squares of the network's own pixels, taken on the device."""
+        self._pool *= self.spec.output_px // spec.output_px
+        self.spec = spec
 
     def scores(self, tiles: torch.Tensor, stains: torch.Tensor | None = None) -> torch.Tensor:
         """(B, S, S, 3) uint8 on the device -> float32 of `spec.answer_shape(B)` there; for any device but the CPU."""
@@ -173,7 +179,7 @@ class TorchNetwork:
                 f"model {self.spec.name} cannot be compiled: {type(error).__name__}: {_line(error)}; leave out --compile"
             ) from error
         self._compiling = False
-        count, classes, side = len(batch), self.spec.channels, self.spec.output_px
+        count, classes, side = len(batch), self.spec.channels, self.spec.output_px * self._pool
         rule = self.spec.detections
         if rule is not None and isinstance(logits, torch.Tensor):
             answer = self._activated(logits.to(torch.float32)) if self._form == "peaks" else logits.to(torch.float32)
@@ -187,7 +193,8 @@ class TorchNetwork:
                 f"model {self.spec.name} answered {got} for {count} tiles, but its card names {classes} {kind}{maps}; "
                 "correct the card"
             )
-        return self._activated(logits.to(torch.float32)).view(count, classes, side, side)
+        scores = self._activated(logits.to(torch.float32)).view(count, classes, side, side)
+        return scores if self._pool == 1 else torch.nn.functional.avg_pool2d(scores, self._pool)
 
     def _activated(self, logits: torch.Tensor) -> torch.Tensor:
         if self._activation == "softmax":
@@ -239,6 +246,11 @@ class QueuedNetwork:
         self._slots: list[_Slot] = []
         self._count = 0
 
+    def pool(self, spec: ModelSpec) -> None:
+        """As the network's own."""
+        self._network.pool(spec)
+        self.spec = spec
+
     def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`, waited for."""
         return self.submit(tiles, stains).result()
@@ -260,7 +272,7 @@ class QueuedNetwork:
 
         def fetch() -> None:
             slot.tiles.copy_(source, non_blocking=True)
-            if slot.stains is not None and stains is not None:
+            if slot.stains is not None and stains is not None:  # a few numbers a tile, taken over before this returns
                 slot.stains.copy_(torch.from_numpy(stains), non_blocking=True)
 
         def forward() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.encoding import Dtype, choose_encoding
 from pathology.export.png import overlay_l0_pixel, overlay_png
 from pathology.geometry import Box
 from pathology.model import ModelSpec
@@ -28,6 +29,7 @@ class Ended:
     """What a result is made of.
 
     bad_tiles  (m, 2) int32 row, col of the plan's tiles that could not be read
+    dtype      of a dense map's store
     stains     of the slide, where the model took them
     """
 
@@ -36,6 +38,7 @@ class Ended:
     slide: Slide
     spec: ModelSpec
     bad_tiles: NDArray[np.int32]
+    dtype: Dtype | Literal["auto"] = "auto"
     stains: Stains | None = None
 
     @property
@@ -53,7 +56,10 @@ class Ended:
         grid, provenance = self.plan.grid, {"key": self.work.key, "fields": self.work.fields}
         if self.stains is not None:
             provenance["stain"] = self.stains.record()
-        return HeatmapMeta(self.plan.frame, spec, grid.tile_px, grid.stride_px, self.slide.info.fingerprint, provenance)
+        encoding = choose_encoding(self.spec, self.dtype)
+        return HeatmapMeta(
+            self.plan.frame, spec, grid.tile_px, grid.stride_px, self.slide.info.fingerprint, provenance, encoding
+        )
 
 
 def overlay(slide: Slide, heatmap: Heatmap) -> bytes:
