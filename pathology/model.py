@@ -221,3 +221,8 @@ class QueuedModel(Model, Protocol):
     def submit(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> Answer:
         """Begin with a batch, which must stay as it is until its result was taken. From one thread at a time."""
         ...
+
+
+def begin(model: QueuedModel, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None) -> Answer:
+    """`answer`, begun."""
+    return model.submit(tiles) if stains is None else model.submit(tiles, stains)

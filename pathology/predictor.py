@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pathology.clock import current, timed
 from pathology.errors import ModelError
-from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer
+from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.checks import check_scores
 from pathology.stain import PARAMETERS
 
@@ -337,9 +337,7 @@ class Predictor:
 
     def _submit(self, batch: _Batch) -> Answer:
         assert self._queued is not None
-        if batch.stains is None:
-            return self._queued.submit(batch.array)
-        return self._queued.submit(batch.array, batch.stains)
+        return begin(self._queued, batch.array, batch.stains)
 
     def _landed(self, answer: Answer) -> NDArray[np.float32] | Exception:
         try:

@@ -20,10 +20,11 @@ import pathology
 from pathology.errors import ModelError, UsageError
 from pathology.geometry import Box
 from pathology.job import key_of
-from pathology.model import ModelSpec, StainInput
+from pathology.model import Model, ModelSpec, StainInput, answer
 from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
 from pathology.models.network import QueuedNetwork, TorchNetwork
+from pathology.models.pool import pooled
 from pathology.models.stained import Stainer
 from pathology.predictor import Predictor, predict_in_order
 from pathology.result import open_heatmap
@@ -312,6 +313,16 @@ def test_slides_that_share_batches_get_the_bits_they_get_alone(kind: StainInput,
             assert found[place] == [a.tobytes() for a in predict_in_order(network(kind), BATCH, own, stain)]
     first = [next(predict_in_order(network(kind), BATCH, noise(1, 0), stain)) for stain in stains]
     assert len({answer.tobytes() for answer in first}) == 4  # the stains do matter
+
+
+@pytest.mark.parametrize("make", [network, queued, lambda kind: Sometimes(network(kind))], ids=["plain", "queued", "wrapped"])
+def test_pooled_maps_are_of_stained_tiles(make: Callable[[StainInput], Model]) -> None:
+    tiles, stains = np.stack(noise(BATCH, 0)), np.stack([slides("macenko", 1)[0]] * BATCH)
+    fine = network("macenko")(tiles, stains)
+    model = pooled(make("macenko"), 4 * 0.5)
+    assert model.spec.output_px == SIDE // 4
+    means = fine.reshape(BATCH, 3, SIDE // 4, 4, SIDE // 4, 4).mean(axis=(3, 5))
+    np.testing.assert_allclose(answer(model, tiles, stains), means, atol=1e-6)
 
 
 def test_stains_are_asked_for_where_they_belong_and_nowhere_else() -> None:

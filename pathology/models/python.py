@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pathology.errors import ModelError, PathologyError
 from pathology.job import Precision
-from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer
+from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.refs import Argument, call, imported
 
 
@@ -52,7 +52,7 @@ class QueuedPythonModel:
         return self.inner.staging(batch_size)
 
     def submit(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> Answer:
-        return self.inner.submit(tiles) if stains is None else self.inner.submit(tiles, stains)
+        return begin(self.inner, tiles, stains)
 
 
 def is_factory(name: str) -> bool:
