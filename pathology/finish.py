@@ -106,7 +106,10 @@ def _bad_tiles_csv(plan: Plan, tiles: Sequence[tuple[int, int]]) -> str:
 
 def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
     """The different environments of the regions, each once, in a fixed order."""
-    texts = {json.dumps(work.marker(r.index)["environment"], sort_keys=True) for r in plan.regions}
+    found = [work.marker(r.index)["environment"] for r in plan.regions]
+    # A region whose batch was halved on the way has more than one.
+    each = ({**e, "batch": size} for e in found for size in e["batch"])
+    texts = {json.dumps(e, sort_keys=True) for e in each}
     if len(texts) > 1 and job.strict:
         raise UsageError(
             f"slide {job.slide_id} has regions from {len(texts)} different environments; run without --strict to allow it, "
@@ -167,6 +170,8 @@ def _record(
         "seconds": round(sum(c["seconds"] for c in counts), 3),
         "time": _time(counts),
         "environments": environments,
+        "batch_size": job.batch_size,
+        "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
         "columns": dict(job.columns),
         "finished": time.time(),
         "host": socket.gethostname(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
-from pathology.calls import neighbour, run_by
+from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
 from pathology.encoding import choose_encoding
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
@@ -48,6 +48,9 @@ KEPT_SLIDES = 4
 # Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
 LATER = ("margin_px", "features", "detections", "stain")
 
+# The size of a plan's blocks, (rows, columns) in strides, and the row and column of one.
+Cell = tuple[int, int, int, int]
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -59,11 +62,13 @@ class Prepared:
     record   result.json of a job that was finished before, None otherwise
     todo     regions to infer; none and no record: only the end is missing
     tiles    forward passes per region of `todo`
+    cells    where each lies: equal for regions of several models that show the same part of the slide, and need the same tiles
     """
 
     record: dict[str, Any] | None
     todo: tuple[int, ...] = ()
     tiles: tuple[int, ...] = ()
+    cells: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +125,21 @@ def look(job: Job) -> None:
         picture(slide, 1, LARGEST_PX)
 
 
-def prepare(job: Job) -> Prepared:
+def prepare_all(jobs: tuple[Job, ...], together: tuple[Job, ...]) -> tuple[Prepared | Exception, ...]:
+    """`prepare` for jobs of one slide, one after the other; an error ends none but its own."""
+    prepared: list[Prepared | Exception] = []
+    for job in jobs:
+        try:
+            prepared.append(prepare(job, together))
+        except Exception as error:
+            prepared.append(sendable(error))
+    return tuple(prepared)
+
+
+def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     """Open the slide, find tissue, make or find the plan, and say what is left to do.
+
+    together  all jobs that will read with it, itself among them: a new plan has the same regions for all
 
     Raises SlideError for a slide that cannot be worked on, UsageError for a result or work made otherwise,
     EnvironmentFault where the place the slides come from is gone.
@@ -136,7 +154,7 @@ def prepare(job: Job) -> Prepared:
     if record is not None:
         work.clear()
         return Prepared(record)
-    _, plan = plan_slide(job, slide, spec)
+    _, plan = plan_slide(job, slide, spec, [_spec(other) for other in together])
     _write_tissue(job, _tissue_files(slide, job))
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
@@ -147,7 +165,12 @@ def prepare(job: Job) -> Prepared:
         "slide-begin",
         {"slide": job.slide_id, "model": spec.name, "regions": len(plan.regions), "todo": len(todo)},
     )
-    return Prepared(None, tuple(todo), tuple(len(plan.regions[i].tiles) for i in todo))
+    return Prepared(
+        None,
+        tuple(todo),
+        tuple(len(plan.regions[i].tiles) for i in todo),
+        tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo),
+    )
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
@@ -161,11 +184,20 @@ def finish_slide(job: Job) -> dict[str, Any]:
     return record
 
 
-def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
-    """Tissue and plan of a job, as any run of it would make them."""
+def plan_slide(job: Job, slide: Slide, spec: ModelSpec, together: Sequence[ModelSpec] = ()) -> tuple[TissueMask, Plan]:
+    """Tissue and plan of a job, as any run of it would make them. `together`: the cards of all models that it reads for."""
     tissue = _tissue(slide, job)
-    grid = _grid(job, slide, spec)
-    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
+    plan = make_plan(
+        _grid(job, slide, spec),
+        spec,
+        tissue,
+        min_tissue=job.min_tissue,
+        blend=job.blend,
+        block=job.block,
+        memory=job.memory,
+        together=together,
+    )
+    return tissue, plan
 
 
 def stain_of(job: Job) -> NDArray[np.float32] | None:

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
+from pathology.batch_size import choose_batch
 from pathology.batches import ReadPool, read_tiles
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
@@ -61,19 +62,20 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
     with open_slide(job.slide, job.slide_mpp, force=job.force, reader=job.reader, fast_decode=job.fast_decode) as slide:
         set_threads(1)
         model = load_model(job.model, job.device, job.precision, job.compile)
-        warm_up(model, job.batch_size)
+        batch_size = job.batch_size or choose_batch(model, job.device, job.threads or cores, job.memory)
+        warm_up(model, batch_size)
         _, plan = plan_slide(job, slide, model.spec)
         if not len(plan.tiles):
             raise UsageError("the slide has no tissue to measure on; give another --slide, or --tissue none")
         plan = _first(plan, most_tiles)
         read_s = _reading(slide, job, model.spec, plan)
-        model_s = _seconds_each(model, job.batch_size)
+        model_s = _seconds_each(model, batch_size)
         split = split_threads(cores, read_s, model_s, job.threads)
         on_cpu = job.device == "cpu"
         set_threads(split.threads if on_cpu else 1)
         readers = job.readers or (split.readers if on_cpu else cores)
         clock, began = Clock(), time.perf_counter()
-        predictor = Predictor(model, job.batch_size)
+        predictor = Predictor(model, batch_size)
         predict = functools.partial(predictor.predict, stain=stain_of(job))
         with closing(predictor), closing(ReadPool(readers)) as pool, counting(clock):
             read = functools.partial(read_tiles, slide, model.spec, plan.grid, pool=pool, clock=clock)

@@ -1,7 +1,8 @@
 """From a model's reference to a model. Promise: a card (`load_spec`) costs no import of torch, except by a user's own factory.
 
-A reference is, in this order: a built-in's name, a name in the local registry, a model folder (with a card, or WSInfer's), or a
-Python factory `package.module:factory`. Built-ins and factories take arguments: `nuclei-density?tile_px=224`.
+A reference is, in this order: a folder of timm's, `local-dir:PATH` or `hf-hub:ORG/NAME`; a built-in's name; a name in the
+local registry; a model folder (with a card, or WSInfer's); or a Python factory `package.module:factory`. Timm's folders,
+built-ins and factories take arguments: `nuclei-density?tile_px=224`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathology.errors import ModelError
 from pathology.job import PRECISIONS, Precision
 from pathology.model import Model, ModelSpec
 from pathology.models import folder as folders
-from pathology.models import nuclei, python, wsinfer
+from pathology.models import nuclei, python, timm_folder, wsinfer
 from pathology.models.card import CARD, read_card
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import Entry, entries, register, trust_file
@@ -29,6 +30,8 @@ def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", com
         from pathology.device import set_exact
 
         set_exact()
+    if timm_folder.is_source(ref):
+        return timm_folder.load(*parse_ref(ref), device, precision, compile)
     if folder := _folder(ref):
         load = folders.load if _has_card(folder) else wsinfer.load
         return load(folder, device, precision, compile)
@@ -43,6 +46,8 @@ def precisions(ref: str) -> tuple[Precision, ...]:
 
     ModelError where it is nothing known.
     """
+    if timm_folder.is_source(ref):
+        return PRECISIONS
     if folder := _folder(ref):
         return read_card(folder).precisions if _has_card(folder) else PRECISIONS
     name = parse_ref(ref)[0]
@@ -51,6 +56,8 @@ def precisions(ref: str) -> tuple[Precision, ...]:
 
 def load_spec(ref: str) -> ModelSpec:
     """The card of the model that `ref` names, without loading weights. ModelError as for `load_model`, trust included."""
+    if timm_folder.is_source(ref):
+        return timm_folder.load_spec(*parse_ref(ref))
     if folder := _folder(ref):
         return folders.load_spec(folder) if _has_card(folder) else wsinfer.load_spec(folder)
     name, arguments = parse_ref(ref)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.device import CudaQueues, Mark, Queues, check_precision
-from pathology.errors import EnvironmentFault, ModelError
+from pathology.errors import ModelError, OutOfMemory
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models.fold import folded
@@ -168,7 +168,7 @@ class TorchNetwork:
             with self._autocast(), self._as_it_is():
                 logits = self._network_here()(batch)
         except torch.OutOfMemoryError as error:
-            raise EnvironmentFault(
+            raise OutOfMemory(
                 f"model {self.spec.name}: {self.device} has no memory for a batch of {len(batch)} tiles; "
                 "use a smaller --batch-size"
             ) from error
