@@ -125,7 +125,21 @@ def page(found: dict[str, Agreement], machine: str) -> str:
         ("tiles no farther from it than the largest difference", [f"{a.within}" for a in found.values()]),
     )
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows]
+    lines += ["", *(f"- {name}: {verdict(a)}" for name, a in found.items())]
     return "\n".join(lines) + "\n"
+
+
+def verdict(found: Agreement) -> str:
+    """Whether the bounds are held; where not, by how much, and where the tiles that flip lie."""
+    missed = []
+    if found.flips > MOST_FLIPS * found.tiles:
+        missed.append(
+            f"{found.flips} of {found.tiles} tiles flip, {found.flips / found.tiles:.2%} where {MOST_FLIPS:.1%} is the bound; "
+            f"all lie at the threshold, within {found.nearest:.4f} of it in fp32"
+        )
+    if change(found) > MOST_AREA:
+        missed.append(f"the area changes by {change(found):.2%}, {MOST_AREA:.1%} is the bound")
+    return f"missed. {'; '.join(missed)}." if missed else "both bounds are held."
 
 
 def change(found: Agreement) -> float:
@@ -242,7 +256,7 @@ def sample(runs: Runs) -> Case:
 
 def real(runs: Runs) -> Case:
     slide = cmu_small_region()
-    tiles = runs.table(slide, "nuclei-density")
+    tiles = runs.table(slide, "nuclei-density?tile_px=224")
     truth = tiles.scores[:, 0] >= np.quantile(tiles.scores[:, 0], 0.75)
     middle = centres(tiles)[:, 0]
     upper = middle < middle.mean()

@@ -29,6 +29,10 @@ def test_flips_and_area_are_of_the_threshold() -> None:
     text = page({"own": found}, "Measured on paper.")
     assert "| tiles that flip (bound 0.1%) | 1 (16.67%) |" in text
     assert "| change of area (bound 0.5%) | 33.33% |" in text
+    assert (
+        "- own: missed. 1 of 6 tiles flip, 16.67% where 0.1% is the bound; all lie at the threshold, within 0.0010 of it in "
+        "fp32; the area changes by 33.33%, 0.5% is the bound."
+    ) in text
 
 
 def test_equal_scores_agree() -> None:
@@ -36,6 +40,7 @@ def test_equal_scores_agree() -> None:
     found = agreement(scores, scores, scores > 0.55, ALL)
     assert (found.largest, found.mean, found.flips, found.nearest, change(found)) == (0, 0, 0, 0, 0)
     assert found.auc == (1, 1)
+    assert "- own: both bounds are held." in page({"own": found}, "Measured on paper.")
 
 
 def test_auc_is_of_the_judged_tiles_alone() -> None:
