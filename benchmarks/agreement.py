@@ -53,9 +53,9 @@ three quarters. The head is fitted once and is the same in both.
 
 - *sample*: the synthetic slide of `sample_data`, class "planted region"; the head was fitted to a slide of another seed. A tile
   belongs to the region if its centre does.
-- *real*: the CC0 slide, class "dense nuclei": the upper quartile of the built-in `nuclei-density`. That cuts through a continuous
-  measure, so many tiles lie near the threshold: the harder case. The head was fitted to the tiles of the slide's upper half;
-  AUC is of the lower half, everything else of both.
+- *real*: the CC0 slide, class "dense nuclei": the upper quartile of the built-in `nuclei-density`. That cuts through
+  a continuous measure, so many tiles lie near the threshold: the harder case. The head was fitted to the tiles of the slide's
+  upper half; AUC is of the lower half, everything else of both.
 
 A tile flips if it is on one side of the threshold in fp32 and on the other in bf16. Area is that of all tiles at or above it.
 """
@@ -136,7 +136,7 @@ def verdict(found: Agreement) -> str:
     if found.flips > MOST_FLIPS * found.tiles:
         missed.append(
             f"{found.flips} of {found.tiles} tiles flip, {found.flips / found.tiles:.2%} where {MOST_FLIPS:.1%} is the bound "
-            f"(a single tile is {1 / found.tiles:.2%}); all lie at the threshold, within {found.nearest:.4f} of it in fp32"
+            f"(a single tile is {1 / found.tiles:.2%}); all lie near the threshold, within {found.nearest:.4f} of it in fp32"
         )
     if change(found) > MOST_AREA:
         missed.append(f"the area changes by {change(found):.2%}, {MOST_AREA:.1%} is the bound")
