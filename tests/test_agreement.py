@@ -30,8 +30,8 @@ def test_flips_and_area_are_of_the_threshold() -> None:
     assert "| tiles that flip (bound 0.1%) | 1 (16.67%) |" in text
     assert "| change of area (bound 0.5%) | 33.33% |" in text
     assert (
-        "- own: missed. 1 of 6 tiles flip, 16.67% where 0.1% is the bound (a single tile is 16.67%); all lie near the threshold, "
-        "within 0.0010 of it in fp32; the area changes by 33.33%, 0.5% is the bound."
+        "- own: missed. 1 of 6 tiles flip, 16.67% where 0.1% is the bound (a single tile is 16.67%); all lie near the "
+        "threshold, within 0.0010 of it in fp32; the area changes by 33.33%, 0.5% is the bound."
     ) in text
 
 
