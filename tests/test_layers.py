@@ -66,6 +66,7 @@ ORDER = [
     "pathology.models.onnx",
     "pathology.models.folder",
     "pathology.models.checkpoint",
+    "pathology.models.efficientnet",
     "pathology.models.nuclei",
     "pathology.models.python",
     "pathology.models.wsinfer",
