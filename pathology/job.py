@@ -19,6 +19,7 @@ from pathology.stitch import Blend
 SCHEMA = 1
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 ReaderName = Literal["auto", "direct", "openslide", "pillow"]
 
 

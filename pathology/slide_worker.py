@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -37,6 +37,8 @@ from pathology.plan import Plan, make_plan
 from pathology.readers import open_slide
 from pathology.slide import Slide
 from pathology.staging import slide_path
+from pathology.stain import VERSION as STAIN_VERSION
+from pathology.stain import Stains, fit_stains, parameters
 from pathology.threads import measure_reading
 from pathology.thumbnail import LARGEST_PX, picture
 from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, tissue_png
@@ -44,7 +46,7 @@ from pathology.work import Work
 
 KEPT_SLIDES = 4
 # Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
-LATER = ("margin_px", "features", "detections")
+LATER = ("margin_px", "features", "detections", "stain")
 
 # The size of a plan's blocks, (rows, columns) in strides, and the row and column of one.
 Cell = tuple[int, int, int, int]
@@ -97,6 +99,7 @@ class _Kept:
         self.lock = threading.RLock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
         self.tissue: WeakKeyDictionary[Slide, dict[Area, TissueMask]] = WeakKeyDictionary()
+        self.stains: WeakKeyDictionary[Slide, dict[Area, Stains]] = WeakKeyDictionary()
         self.tissue_files: WeakKeyDictionary[Slide, dict[Area, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.pools: dict[int, ReadPool] = {}
@@ -174,7 +177,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
     slide, spec = open_slide_of(job), _spec(job)
     work, plan = open_work(job)
-    record = finish(job, work, plan, slide, spec)
+    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None)
     with _kept.lock:
         _kept.works.pop(job, None)
     emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})
@@ -195,6 +198,12 @@ def plan_slide(job: Job, slide: Slide, spec: ModelSpec, together: Sequence[Model
         together=together,
     )
     return tissue, plan
+
+
+def stain_of(job: Job) -> NDArray[np.float32] | None:
+    """The parameters of the slide's stains as the job's model takes them; None where it takes none."""
+    spec = _spec(job)
+    return parameters(spec.stain, _stains(open_slide_of(job), job)) if spec.stain else None
 
 
 def seconds_to_read(jobs: tuple[Job, ...]) -> float:
@@ -277,6 +286,15 @@ def _tissue(slide: Slide, job: Job) -> TissueMask:
     return found[area]
 
 
+def _stains(slide: Slide, job: Job) -> Stains:
+    """The slide's stains, fitted once as long as it is open; to all of its tissue, whatever part a job looks at."""
+    whole = replace(job, roi=None)
+    area, fitted = _area(whole), _kept.stains.setdefault(slide, {})
+    if area not in fitted:
+        fitted[area] = fit_stains(slide, _tissue(slide, whole))
+    return fitted[area]
+
+
 def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
     """The contents of `TISSUE_FILES`, made once as long as the slide is open."""
     area, made = _area(job), _kept.tissue_files.setdefault(slide, {})
@@ -305,6 +323,8 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "precision": job.precision,
         "compile": job.compile,
         **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
+        # The stains themselves follow from what is above and from how they are fitted.
+        **({"stain": f"{spec.stain} {STAIN_VERSION}"} if spec.stain else {}),
     }
 
 

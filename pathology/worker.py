@@ -212,7 +212,7 @@ def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | 
     bad_tiles: list[Tile] = []
     on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
-    with closed_at_end(_predict(job, in_order)) as predict, counting(clock):
+    with closed_at_end(_predict(job, spec, in_order)) as predict, counting(clock):
         if spec.detections is not None:
             staged = work.stage_rows(region, detect_region(read, spec, spec.detections, plan, region, predict, on_bad))
         else:
@@ -279,9 +279,9 @@ class _InTurn:
     def spec(self) -> ModelSpec:
         return self.model.spec
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         with _kept.device_lock:
-            return self.model(tiles)
+            return self.model(tiles, stains)
 
 
 @functools.cache
@@ -290,12 +290,13 @@ def _environment(device: str, threads: int) -> dict[str, str | int]:
     return environment(device)
 
 
-def _predict(job: Job, in_order: bool) -> Predict:
+def _predict(job: Job, spec: ModelSpec, in_order: bool) -> Predict:
     model = _model(job)
+    stain = asked(slide_worker.stain_of)(job) if spec.stain else None
     if in_order:
-        return functools.partial(predict_in_order, _InTurn(model), job.batch_size)
+        return functools.partial(predict_in_order, _InTurn(model), job.batch_size, stain=stain)
     with _kept.lock:
         name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size)
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
-        return _kept.predictors[name].predict
+        return functools.partial(_kept.predictors[name].predict, stain=stain)

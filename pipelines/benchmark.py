@@ -19,14 +19,14 @@ from pathology.cores import core_count
 from pathology.errors import UsageError
 from pathology.infer import infer_region
 from pathology.job import Job
-from pathology.model import Model, ModelSpec
+from pathology.model import Model, ModelSpec, answer
 from pathology.models import load_model
-from pathology.models.checks import made_up_tiles, warm_up
+from pathology.models.checks import made_up_batch, warm_up
 from pathology.plan import Plan, cut
 from pathology.predictor import Predictor
 from pathology.readers import open_slide
 from pathology.slide import Slide
-from pathology.slide_worker import plan_slide
+from pathology.slide_worker import plan_slide, stain_of
 from pathology.threads import split_threads
 from pipelines.bottleneck import bottleneck
 
@@ -76,10 +76,11 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
         readers = job.readers or (split.readers if on_cpu else cores)
         clock, began = Clock(), time.perf_counter()
         predictor = Predictor(model, batch_size)
+        predict = functools.partial(predictor.predict, stain=stain_of(job))
         with closing(predictor), closing(ReadPool(readers)) as pool, counting(clock):
             read = functools.partial(read_tiles, slide, model.spec, plan.grid, pool=pool, clock=clock)
             for region in plan.regions:
-                for _ in infer_region(read, model.spec, plan, region, predictor.predict, lambda _: None):
+                for _ in infer_region(read, model.spec, plan, region, predict, lambda _: None):
                     pass
         seconds = time.perf_counter() - began
     tiles = plan.forward_passes
@@ -134,10 +135,10 @@ def _reading(slide: Slide, job: Job, spec: ModelSpec, plan: Plan) -> float:
 
 def _seconds_each(model: Model, batch_size: int) -> float:
     """Seconds a tile of the model alone: the best of several calls, as many as fit."""
-    tiles = made_up_tiles(batch_size, model.spec.input_px)
+    batch = made_up_batch(model.spec, batch_size)
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < MODEL_S or best == float("inf"):
         start = time.perf_counter()
-        model(tiles)
+        answer(model, *batch)
         best = min(best, time.perf_counter() - start)
     return best / batch_size

@@ -26,7 +26,7 @@ from pathology.readers import open_slide
 from pathology.slide import SlideInfo
 from pathology.slide_worker import plan_slide
 from pathology.together import groups
-from pipelines.config import Settings, make_jobs
+from pipelines.config import Settings, make_jobs, tissue_model
 from pipelines.slides import SlideEntry
 
 # More readers at once do not make storage faster.
@@ -72,6 +72,8 @@ class Verdict:
 
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
+    if tissue_model(settings) is not None:
+        settings = replace(settings, tissue="none")  # not known before the run: the most that it can come to
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     jobs = [[_with_batch_size(job, specs[job.model]) for job in _jobs(entry, models, settings)] for entry in slides]
     cards = [[specs[job.model] for job in of_slide] for of_slide in jobs]

@@ -102,7 +102,8 @@ def job_options(command: Command) -> Command:
             "--tissue",
             default="otsu",
             show_default=True,
-            help="How tissue is found: otsu, none, or a file of it: GeoJSON, or a picture in which all but black is tissue.",
+            help="How tissue is found: otsu, none, model:NAME (a dense model that is run first), or a file of it: GeoJSON or a "
+            "picture in which all but black is tissue.",
         ),
         click.option(
             "--roi",
@@ -222,7 +223,9 @@ def run(
 
         prestart()
     from pipelines.batch import Conduct, run_batch
+    from pipelines.fetch import require_fetched
 
+    require_fetched(models)
     conduct = Conduct(
         scheduler=scheduler,
         dashboard=dashboard,
@@ -258,7 +261,9 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
     """
     from pipelines.check import COLUMNS, facts, row, table
     from pipelines.check import check as verdicts
+    from pipelines.fetch import require_fetched
 
+    require_fetched(models)
     settings = _settings(**options, out=Path("out"))
     rows: list[tuple[str, ...]] = [COLUMNS]
     fails = 0

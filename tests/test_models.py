@@ -22,7 +22,7 @@ from torch import nn
 from pathology import testing
 from pathology.errors import ModelError
 from pathology.model import Model, ModelSpec, QueuedModel, ReadRule
-from pathology.models import add_model, is_network, known_models, load_model, load_spec, nuclei
+from pathology.models import add_model, known_models, load_model, load_spec, nuclei, precisions
 from pathology.models.checks import check_scores, warm_up
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import entries, registry_path
@@ -540,7 +540,7 @@ def test_precision_and_compiling_are_for_torch_networks(folder: Path) -> None:
     assert call("m", factory, {"side": 3}, "cpu", "bf16", True) == (3, "bf16", True)
     trusted(folder)
     for ref, network in (("nuclei-density", False), ("pathology.testing:identity", False), ("tumor-net", True)):
-        assert is_network(ref) == network
+        assert bool(precisions(ref)) == network
         if network:
             continue
         with pytest.raises(ModelError, match="is no torch network that could compute in bf16; use --precision fp32 or auto"):
@@ -566,7 +566,7 @@ def test_python_factory_of_a_network_is_given_device_and_precision(tmp_path: Pat
     )
     monkeypatch.syspath_prepend(tmp_path)
     ref = "own_network_of_a_user:make"
-    assert is_network(ref)
+    assert precisions(ref)
     for precision in ("fp32", "bf16"):
         model = load_model(ref, precision=precision)
         assert not isinstance(model, QueuedModel)

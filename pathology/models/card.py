@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology.errors import ModelError
+from pathology.job import PRECISIONS, Precision
 from pathology.model import DetectionRule, ModelSpec, ReadRule
 from pathology.models.network import Activation, Colour
 from pathology.models.objects import Form
@@ -38,18 +40,28 @@ Format = Literal["safetensors", "onnx", "torchscript", "pt2"]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A card's weights: their file in its folder, hashed, and for safetensors what network they belong to."""
+    """A card's weights: their file in its folder, hashed, and for safetensors what network they belong to.
+
+    data  of ONNX: a second file, where weights lie outside the graph
+    """
 
     format: Format
     file: str
     sha256: str
     architecture: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A checked card. `spec` is how the pipeline sees it; `mean` and `std` are of 0..1 colours in the order of `channels`."""
+    """A checked card.
+
+    spec        how the pipeline sees it
+    mean, std   of 0..1 colours in the order of `channels`
+    precisions  what the network may be computed in; nothing for ONNX, which computes as it was exported
+    """
 
     spec: ModelSpec
     weights: Weights
@@ -59,6 +71,7 @@ class Card:
     channels: Literal["rgb", "bgr"]
     mean: Colour
     std: Colour
+    precisions: tuple[Precision, ...]
 
 
 def read_card(folder: Path) -> Card:
@@ -115,6 +128,7 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         margin_px=answer.get("margin_px", 0) if kind == "map" else 0,
         features=answer.get("features", 0),
         detections=_detections(answer) if kind == "detections" else None,
+        stain=given.get("stain", ""),
         read=ReadRule(given.get("level", "best"), given.get("margin", True), given.get("filter", "area")),
     )
     return Card(
@@ -126,6 +140,7 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         given.get("channels", "rgb"),
         (mean[0], mean[1], mean[2]),
         (std[0], std[1], std[2]),
+        () if weights.format == "onnx" else tuple(content.get("precisions", PRECISIONS)),
     )
 
 
@@ -142,7 +157,7 @@ def _refusal(content: Mapping[str, Any]) -> str:
     try:
         _validate()(content)
     except fastjsonschema.JsonSchemaException as error:
-        return str(error).replace("data.", "", 1).replace("data ", "the card ", 1)
+        return re.sub("^data ", "the card ", str(error).removeprefix("data."))
     given, answer = content["input"], content["output"]
     classes = answer.get("classes", [])
     numbers = (*given.get("mean", ()), *given.get("std", ()), *answer.get("display", ()))
@@ -151,9 +166,13 @@ def _refusal(content: Mapping[str, Any]) -> str:
     colors = [c for c in classes if "color" in c]
     if colors and len(colors) < len(classes):
         return "some of output.classes have a color and some have none"
+    if given.get("stain") == "eosin-haematoxylin-od" and given.get("channels", "rgb") != "rgb":
+        return "input.channels is the order of colours, and eosin, haematoxylin and optical density are none; leave it out"
     for name, kinds in KINDS.items():
         if name in answer and answer["kind"] not in kinds:
             return f"output.{name} is for kind {' and '.join(kinds)}"
+    if "precisions" in content and content["weights"]["format"] == "onnx":
+        return "precisions are for torch networks, and ONNX computes as it was exported"
     if answer["kind"] == "detections" and "form" not in answer:
         return "output must contain form for kind detections"
     if "vertices" in answer and answer["form"] != "rows":

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pathology.device import free_cached
 from pathology.errors import EnvironmentFault, OutOfMemory, PathologyError, one_line
-from pathology.model import Answer, Model, ModelSpec, QueuedModel
+from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.checks import check_scores
 
 # How torch's allocators, its libraries (the last is oneDNN) and ONNX say that there is no memory, without a type for it.
@@ -29,7 +29,6 @@ RAN_OUT = re.compile(
 Stains = NDArray[np.float32] | None
 
 S = TypeVar("S", bound=np.generic)
-T = TypeVar("T")
 
 
 def ran_out(error: BaseException) -> bool:
@@ -104,7 +103,7 @@ class HalvingModel:
         while True:
             size = self.sizes.now(len(tiles))
             try:
-                parts = (_called(self.inner, *part) for part in _cut(tiles, stains, size))
+                parts = (answer(self.inner, *part) for part in _cut(tiles, stains, size))
                 return self.sizes.joined(parts, size, len(tiles))
             except Exception as error:
                 self.sizes.halve(size, error)
@@ -136,7 +135,7 @@ class QueuedHalvingModel:
             size = self.sizes.now(len(tiles))
             try:
                 with self._submitting:
-                    return size, [_called(self.inner.submit, *part) for part in _cut(tiles, stains, size)]
+                    return size, [begin(self.inner, *part) for part in _cut(tiles, stains, size)]
             except Exception as error:
                 self.sizes.halve(size, error)
             free_cached()
@@ -167,11 +166,6 @@ class HalvingAnswer:
 def halving(model: Model) -> HalvingModel | QueuedHalvingModel:
     """`model`, which from now on is asked for less at once when memory runs out, instead of failing."""
     return QueuedHalvingModel(model) if isinstance(model, QueuedModel) else HalvingModel(model)
-
-
-def _called(call: Callable[..., T], tiles: NDArray[np.uint8], stains: Stains) -> T:
-    """`call` given what its model takes."""
-    return call(tiles) if stains is None else call(tiles, stains)
 
 
 def _cut(tiles: NDArray[np.uint8], stains: Stains, size: int) -> Iterator[tuple[NDArray[np.uint8], Stains]]:
