@@ -194,7 +194,8 @@ class _Report:
             self.line(json.dumps(facts))
         elif record is not None:
             before = "   done before" if outcome.before else ""
-            tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2"
+            found = f"   {record['detections']} found" if "detections" in record else ""
+            tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2{found}"
             damage = f"   {record['reason']}: {record['message']}" if record["reason"] else ""
             halved = f"   memory ran out: batches of {n} tiles" if (n := record.get("halved_to")) else ""
             spent = f"{record['seconds']:.1f} s"

@@ -62,7 +62,9 @@ def write_summary(out: Path) -> Path:
     records = sorted(_records(out), key=lambda r: (r["slide_id"], r["model"]))
     classes = list(dict.fromkeys(name for r in records for name in r.get("classes", {})))
     own = list(dict.fromkeys(name for r in records for name in r["columns"]))
-    statistics = [f"{name}_{what}" for name in classes for what in ("mean", "max", "area_mm2")]
+    counted = any("count" in found for r in records for found in r.get("classes", {}).values())
+    what = ("mean", "max", "area_mm2", *(("count",) if counted else ()))
+    statistics = [f"{name}_{of_class}" for name in classes for of_class in what]
     columns = [*FIRST_COLUMNS, *statistics, "seconds"]
     columns += [name if name not in columns else f"{name}_" for name in own]
     text = io.StringIO()
@@ -72,7 +74,7 @@ def write_summary(out: Path) -> Path:
         values = [record.get(n if n != "id" else "slide_id", "") for n in FIRST_COLUMNS]
         for name in classes:
             found = record.get("classes", {}).get(name, {})
-            values += [found.get(what) for what in ("mean", "max", "area_mm2")]
+            values += [found.get(of_class) for of_class in what]
         values += [record.get("seconds"), *(record["columns"].get(name, "") for name in own)]
         writer.writerow(["" if v is None else v for v in values])
     path = out / "summary.csv"
