@@ -51,12 +51,23 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "bounds": (list, NoneType),
         "time": dict,
         "columns": dict,
+        "slide": str,
+        "input_sha256": (dict, NoneType),
     },
 }
 
 
-def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stains: Stains | None = None) -> dict[str, Any]:
-    """Build, commit and return the record of a slide all of whose regions are done; `stains` for a model that took them.
+def finish(
+    job: Job,
+    work: Work,
+    plan: Plan,
+    slide: Slide,
+    spec: ModelSpec,
+    stains: Stains | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Build, commit and return the record of a slide all of whose regions are done; `stains` for a model that took them,
+    `hashes` of the slide's whole files where they are wanted.
 
     Raises UsageError where `job.strict` and regions were computed in different environments, SlideError(CORRUPT_TILES)
     where no tile at all could be read.
@@ -80,6 +91,7 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stai
         manifest = _manifest(partial, job.slide_folder, work)
         (partial / MANIFEST).write_bytes(manifest)
         record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles), stains)
+        record["input_sha256"] = None if hashes is None else dict(hashes)
         (partial / RESULT).write_bytes(_json(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pathology.errors import UsageError
 from pathology.finish import MANIFEST, RESULT, read_manifest, read_record
+from pathology.records import check_names
 
 # Made from a result at any time, by `pathology export`; not part of it.
 EXPORTS = ("tiles.csv", "tiles.geojson", "detections.csv", "detections.geojson", "heatmap-*.png")
@@ -58,6 +59,37 @@ def verify_result(folder: Path) -> Iterator[Difference]:
         exported = path.relative_to(folder).parts[0] in EXPORTED_FOLDERS or any(path.match(pattern) for pattern in EXPORTS)
         if path.is_file() and path not in known and not exported:
             yield Difference(path, "unexpected")
+
+
+def verify_inputs(folder: str | Path) -> Iterator[Difference]:
+    """The files of slides that are not what they were when the results below `folder` were made, by `--hash-input`'s hashes.
+
+    Each slide is hashed once. A record without such hashes is "unhashed". Raises UsageError where there is no result.
+    """
+    seen: set[tuple[Path, str]] = set()
+    records = [path for path in sorted(Path(folder).rglob(RESULT)) if ".work" not in path.relative_to(folder).parts]
+    if not records:
+        raise UsageError(f"{folder} holds no finished result; give the --out folder of a run")
+    for path in records:
+        try:
+            record = read_record(path.parent) or {}
+            hashes: dict[str, str] | None = record.get("input_sha256")
+            check_names(hashes or {})
+        except (UsageError, ValueError):
+            yield Difference(path, "damaged")
+            continue
+        if hashes is None:
+            yield Difference(path, "unhashed")
+            continue
+        for name, expected in sorted(hashes.items()):
+            file = Path(record["slide"]).parent / name
+            if (file, expected) in seen:
+                continue
+            seen.add((file, expected))
+            if not file.is_file():
+                yield Difference(file, "missing")
+            elif _sha256(file) != expected:
+                yield Difference(file, "changed")
 
 
 def _files(folder: Path, entries: dict[str, Any]) -> Iterator[Difference]:

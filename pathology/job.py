@@ -51,6 +51,7 @@ class Job:
     reader       which reader gives the pixels; "auto": the first that suits the file
     fast_decode  decode JPEG at a reduced scale where a coarser picture is wanted: other pixels, sooner
     memory       bytes that a worker may hold in tiles, windows and canvases
+    hash_input   record the sha256 of the slide's whole files
     stage        folder on a local disk that slides are copied to ahead of use; None: read where they are. In a worker: the
                  folder that holds this slide's copy
     stage_bytes  most bytes of slides in `stage` at once
@@ -84,6 +85,7 @@ class Job:
     reader: ReaderName = "auto"
     fast_decode: bool = False
     memory: int = 2**30
+    hash_input: bool = False
     stage: str | None = None
     stage_bytes: int = 2**36
     overwrite: bool = False

@@ -5,7 +5,7 @@ object of the promised fields, or ValueError.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,12 +37,18 @@ def check_fields(record: Mapping[str, Any], kinds: Mapping[str, type | tuple[typ
             raise ValueError(f"its {name} is {type(value).__name__}")
 
 
-def check_files(entries: Mapping[str, Any]) -> None:
-    """Raise ValueError where `entries` are not {name: {sha256, bytes}} with names of files below one folder."""
-    for name, entry in entries.items():
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError where one of `names` is not that of a file below a folder."""
+    for name in names:
         path = PurePosixPath(name)
         if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name[:80]!r} is no name of a file in it")
+
+
+def check_files(entries: Mapping[str, Any]) -> None:
+    """Raise ValueError where `entries` are not {name: {sha256, bytes}} with names of files below one folder."""
+    check_names(entries)
+    for name, entry in entries.items():
         if not isinstance(entry, dict):
             raise ValueError(f"{name[:80]!r} has no hash")
         check_fields(entry, {"sha256": str, "bytes": int})

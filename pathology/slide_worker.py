@@ -34,7 +34,7 @@ from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.models.pool import pooled_spec
 from pathology.plan import Plan, make_plan
-from pathology.readers import open_slide
+from pathology.readers import open_slide, whole_hashes
 from pathology.slide import Slide
 from pathology.staging import slide_path
 from pathology.stain import VERSION as STAIN_VERSION
@@ -177,7 +177,8 @@ def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
     slide, spec = open_slide_of(job), _spec(job)
     work, plan = open_work(job)
-    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None)
+    hashes = whole_hashes(slide.path) if job.hash_input else None
+    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
     emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})

@@ -184,6 +184,7 @@ def job_options(command: Command) -> Command:
 @click.option("--retry-failed", is_flag=True, help="Try slides again that failed before.")
 @click.option("--max-failures", type=int, help="Stop after more than N failed or partial slides.")
 @click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed or partial slides.")
+@click.option("--hash-input", is_flag=True, help="Record the sha256 of each slide's whole files, for verify --verify-input.")
 @click.option("--strict", is_flag=True, help="Refuse a slide whose regions were computed in different environments.")
 @click.option(
     "--stage", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Copy slides to this local disk first."
@@ -212,6 +213,7 @@ def run(
     log_format: Literal["text", "json"],
     limit: int | None,
     overwrite: bool,
+    hash_input: bool,
     strict: bool,
     stage: Path | None,
     stage_size: float,
@@ -241,6 +243,7 @@ def run(
         threads=threads,
         overwrite=overwrite,
         strict=strict,
+        hash_input=hash_input,
         stage=stage,
         stage_bytes=int(stage_size * 2**30),
     )
@@ -344,17 +347,26 @@ def recipes() -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--verify-input", is_flag=True, help="Hash the slides as well, of results made with --hash-input.")
 @one_line_errors
-def verify(folder: Path) -> None:
+def verify(folder: Path, verify_input: bool) -> None:
     """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""
     from pathology.integrity import verify as differences
+    from pathology.integrity import verify_inputs
 
+    inputs = 0
+    for difference in verify_inputs(folder) if verify_input else ():
+        inputs += 1
+        click.echo(f"{difference.what:<11} {printable(difference.path)}")
     found = 0
     for difference in differences(folder):
         found += 1
         click.echo(f"{difference.what:<11} {printable(difference.path)}")
     if found:
         click.echo(f"{found} files differ; run with --overwrite to compute these results again", err=True)
+    if inputs:
+        click.echo(f"{inputs} files of slides differ or were not hashed; copy them again, or run with --hash-input", err=True)
+    if found or inputs:
         sys.exit(1)
     click.echo("all files are as they were written")
 

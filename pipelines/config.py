@@ -42,6 +42,7 @@ class Settings:
     on_bad_tile: Literal["mask", "fail"] = "mask"
     overwrite: bool = False
     strict: bool = False
+    hash_input: bool = False
     stage: Path | None = None
     stage_bytes: int = 64 * 2**30
 
@@ -101,6 +102,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             on_bad_tile=settings.on_bad_tile,
             overwrite=settings.overwrite,
             strict=settings.strict,
+            hash_input=settings.hash_input,
             stage=_path(settings.stage),
             stage_bytes=settings.stage_bytes,
             columns=slide.columns,

@@ -19,6 +19,8 @@ from pathology.records import check_fields, read_object
 from pathology.runner import Outcome
 
 SCHEMA = 1
+# Of a job: what changes no answer.
+NOT_ASKED = ("stage", "stage_bytes", "threads", "readers", "hash_input")
 FAILED = "failed.json"
 FIRST_COLUMNS = ("slide", "id", "model", "status", "reason", "message", "tiles", "bad_tiles", "tissue_mm2")
 
@@ -104,7 +106,7 @@ def _asked(job: Job) -> str:
 
     Where the slide is copied to for reading is not asked of the result, and threads and readers are measured anew by every run.
     """
-    asked = {name: value for name, value in asdict(job).items() if name not in ("stage", "stage_bytes", "threads", "readers")}
+    asked = {name: value for name, value in asdict(job).items() if name not in NOT_ASKED}
     try:
         state = Path(job.slide).stat()
     except OSError:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from pathology.errors import Reason, SlideError
 from pathology.job import ReaderName
-from pathology.readers.fingerprint import fingerprint, fingerprint_file
+from pathology.readers.fingerprint import fingerprint, fingerprint_file, whole_hashes
 from pathology.readers.inspect import Kind, SlideFile, inspect_file
 from pathology.readers.mpp import choose_mpp
 from pathology.readers.opened import CACHE_BYTES, Opened
 from pathology.readers.tiff import too_large
 from pathology.slide import Slide, SlideInfo
 
-__all__ = ["fingerprint", "open_slide"]
+__all__ = ["fingerprint", "open_slide", "whole_hashes"]
 
 
 def open_slide(
