@@ -268,6 +268,16 @@ def test_many_directories_take_no_time(directories: int, tags: int, words: str, 
     assert found.seconds < 5
 
 
+def test_a_tag_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+    """Libraries believe the first or the last of them: of two tile sizes one would be looked at here and the other used."""
+    path = write_tiff(tmp_path / "s.svs", [smooth_pixels(128, 128)])
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[0].tags["Software" if "Software" in tiff.pages[0].tags else "ResolutionUnit"].offset
+    patch(path, at, struct.pack("<HHII", 323, 4, 1, 40_000))
+    with refused(Reason.UNSUPPORTED, "lists tag 323 twice"):
+        open_slide(path)
+
+
 def test_limits_over_all_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiff(tmp_path / "s.svs", pyramid(smooth_pixels(512, 512), [1, 2]))
     inspect_file(path)

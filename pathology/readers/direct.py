@@ -22,7 +22,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pathology.clock import timed
-from pathology.errors import Reason, SlideError, UsageError
+from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.geometry import Box
 from pathology.readers import codecs
 from pathology.readers.codecs import Corrupt, Pixels, TileCodec
@@ -410,7 +410,7 @@ def tiled_levels(file: SlideFile, opened: Opened | None) -> tuple[tuple[TiledLev
                     return "a level has tiles beyond the end of the file"
                 levels.append(level)
     except NOT_UNDERSTOOD as error:
-        return f"tifffile does not understand it ({error})"
+        return f"tifffile does not understand it ({one_line(error)})"
     return tuple(levels), ome
 
 
