@@ -316,6 +316,35 @@ def recipes() -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option(
+    "--watch", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Look again so often, until the run ends."
+)
+@one_line_errors
+def status(folder: Path, as_json: bool, watch: float | None) -> None:
+    """How far the runs that write to FOLDER are: slides done, failed and left, tiles a second, time left, and which process has
+    what. Reads the events alone: safe at any time, also after a crash.
+    """
+    import time
+
+    from pipelines.status import lines, read_status
+
+    while True:
+        state = read_status(folder, time.time())
+        if as_json:
+            click.echo(json.dumps(state.to_json()))
+        else:
+            for line in lines(state):
+                click.echo(printable(line))
+        if watch is None or not state.going:
+            return
+        time.sleep(watch)
+        if not as_json:
+            click.clear()
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @one_line_errors
 def verify(folder: Path) -> None:
     """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""

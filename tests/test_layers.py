@@ -105,6 +105,7 @@ ORDER = [
     "pipelines.summary",
     "pipelines.bottleneck",
     "pipelines.check",
+    "pipelines.status",
     "pipelines.benchmark",
     "pipelines.batch",
     "pipelines.compare",
