@@ -72,7 +72,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     for job in jobs:
         job.stride_px(specs[job.model])
     out = settings.out
-    with _lock(out), _stop_on_signals() as stop:
+    with lock_output(out), _stop_on_signals() as stop:
         ids = list(dict.fromkeys(job.slide_id for job in jobs))
         names = [specs[ref].name for ref in models]
         emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
@@ -224,7 +224,7 @@ class _Report:
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def lock_output(out: Path) -> Iterator[None]:
     """One run an output. The kernel lets go of the lock when its holder dies, however it dies."""
     folder = out / ".work"
     make_folders(folder)

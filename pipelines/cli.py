@@ -345,19 +345,47 @@ def status(folder: Path, as_json: bool, watch: float | None) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="A JSON object for each file that differs.")
+@click.option("--repair", is_flag=True, help="Compute damaged results anew, and put files back that come out the same.")
 @one_line_errors
-def verify(folder: Path) -> None:
-    """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""
-    from pathology.integrity import verify as differences
+def verify(folder: Path, as_json: bool, repair: bool) -> None:
+    """Hash every file of the results in FOLDER and name those that are not what was written, of heatmaps the chunks and where
+    on the slide they lie, in level-0 px; exit 1 if there are any left.
+    """
+    from pathology.integrity import find_results, verify_result
+    from pipelines.verify import line, lines
 
-    found = 0
-    for difference in differences(folder):
-        found += 1
-        click.echo(f"{difference.what:<11} {printable(difference.path)}")
-    if found:
-        click.echo(f"{found} files differ; run with --overwrite to compute these results again", err=True)
-        sys.exit(1)
-    click.echo("all files are as they were written")
+    found = left = 0
+    for result in find_results(folder):
+        differences = list(verify_result(result))
+        found += len(differences)
+        for difference in differences:
+            for text in [line(difference)] if as_json else lines(difference):
+                click.echo(printable(text))
+        if differences and repair:
+            left += _repair(result, as_json)
+    if not found and not as_json:
+        click.echo("all files are as they were written")
+    if found and not repair:
+        click.echo(f"{found} files differ; --repair makes them again, or run with --overwrite", err=True)
+    sys.exit(1 if found and (left or not repair) else 0)
+
+
+def _repair(result: Path, quiet: bool) -> int:
+    """Repair a result; how many of its files still differ."""
+    from pathology.errors import EnvironmentFault, PathologyError
+    from pathology.integrity import verify_result
+    from pipelines.repair import repair
+
+    try:
+        for path in repair(result):
+            if not quiet:
+                click.echo(f"repaired    {printable(path)}")
+    except EnvironmentFault:
+        raise
+    except PathologyError as error:
+        click.echo(f"not repaired: {printable(error)}", err=True)
+    return len(list(verify_result(result)))
 
 
 @main.command()
