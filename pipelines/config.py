@@ -26,9 +26,10 @@ class Settings:
     tissue: str = "otsu"
     roi: Path | None = None
     blend: Blend = "hann"
+    heatmap_mpp: float | None = None
     heatmap_dtype: Dtype | Literal["auto"] = "auto"
     device: str = "auto"
-    batch_size: int = 32
+    batch_size: int | None = 32
     readers: int | None = None
     reader: ReaderName = "auto"
     fast_decode: bool = False
@@ -81,9 +82,10 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             tissue=tissue if slide.mask is None else str(slide.mask.absolute()),
             roi=_path(settings.roi if slide.roi is None else slide.roi),
             blend=settings.blend,
+            heatmap_mpp=settings.heatmap_mpp,
             heatmap_dtype=settings.heatmap_dtype,
             device=device,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 0,
             threads=settings.threads or 0,
             readers=settings.readers or 0,
             reader=settings.reader,

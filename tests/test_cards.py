@@ -517,6 +517,23 @@ def test_a_checkpoint_becomes_a_model(tmp_path: Path, prefix: str, key: str | No
     np.testing.assert_allclose(load_model("mine")(tiles()), expected_scores(seeded(), tiles()), atol=1e-6)
 
 
+def test_an_embedding_model_is_made_without_classes(tmp_path: Path) -> None:
+    torch.save(seeded().state_dict(), tmp_path / "c.ckpt")
+    place = SAID.index("--classes")
+    said = [*SAID[:place], *SAID[place + 2 :], "--features", "2", "--normalize", "none"]
+    command = ["models", "init", str(tmp_path / "c.ckpt"), *said, "-o", str(tmp_path / "mine")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert load_model("mine")(tiles()).shape == (5, 2, 1, 1)
+    for more, message in (
+        (["--classes", "a,b"], "give --classes of a model that answers scores, or --features"),
+        (["--output-px", "4"], "a vector of --features has no --activation"),
+    ):
+        refused = CliRunner().invoke(main, [*command, *more])
+        assert refused.exit_code == 2
+        assert message in refused.output
+
+
 def test_a_map_is_made_with_its_side_and_margin(tmp_path: Path) -> None:
     torch.save({"gain": torch.ones(1)}, tmp_path / "c.pt")
     more = ["--arch", "tests.networks:Pixels", "--classes", "r,g,b", "--normalize", "none", "--activation", "none"]

@@ -30,6 +30,8 @@ NORMALIZATIONS: Mapping[str, tuple[Colour, Colour]] = {
 class Wanted:
     """What the user says of a checkpoint; the fields of a card.
 
+    classes    none of an embedding model
+    features   length of the vector that it answers; 0: it answers scores
     output_px  side of a map's answer; 0: a score per tile
     margin_px  of a map, from its edges, that counts only where nothing else does
     prefix     what stands before the network's names in the checkpoint; None: found
@@ -46,6 +48,7 @@ class Wanted:
     output_px: int = 0
     margin_px: int = 0
     prefix: str | None = None
+    features: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def _safetensors(network: Any) -> bytes:
 
 
 def _card(name: str, sha256: str, wanted: Wanted) -> str:
-    kind = "map" if wanted.output_px else "classes"
+    kind = "features" if wanted.features else "map" if wanted.output_px else "classes"
     lines = [
         "# What this model is. Every field: docs/models.md. Research use only: not for diagnosis.",
         "schema = 1",
@@ -133,6 +136,7 @@ def _card(name: str, sha256: str, wanted: Wanted) -> str:
         "",
         "[output]",
         f"kind = {toml_value(kind)}",
+        *([f"features = {wanted.features}"] if wanted.features else []),
         *([f"output_px = {wanted.output_px}"] if wanted.output_px else []),
         *([f"margin_px = {wanted.margin_px}"] if wanted.margin_px else []),
         f"activation = {toml_value(wanted.activation)}",
