@@ -31,7 +31,7 @@ class Damage:
 
     array  its folder below the result, "heatmap.ome.zarr/0"
     level  of the pyramid; None of an array without one
-    chunk  index along each axis; None: all chunks of the file
+    chunk  index along each axis; None: all chunks of a shard
     first  index of its first element along each axis
     end    one behind its last
     box    (y, x, height, width) on the slide in level-0 px; None of an array without a place there
@@ -47,7 +47,8 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One file that is not what it should be: "changed", "missing", "unexpected" or "damaged" (no record in it).
+    """One file that is not what it should be: "changed", "missing", "unreadable" (the disk's fault, or the right to read it is
+    lacking), "unexpected" or "damaged" (no record in it).
 
     damage  of an array's file what in it; () of other files, and where that cannot be told
     """
@@ -128,10 +129,13 @@ def _wrong(folder: Path, entries: Mapping[str, tuple[str, int]]) -> Iterator[tup
     """The names of files that are not as their entries say, and how."""
     for name, (digest, size) in sorted(entries.items()):
         path = folder / name
-        if not path.is_file():
-            yield name, "missing"
-        elif path.stat().st_size != size or _sha256(path) != digest:
-            yield name, "changed"
+        try:
+            if not path.is_file():
+                yield name, "missing"
+            elif path.stat().st_size != size or _sha256(path) != digest:
+                yield name, "changed"
+        except OSError:
+            yield name, "unreadable"
 
 
 def _damage(folder: Path, name: str, files: Mapping[str, object], wrong: Mapping[str, str]) -> tuple[Damage, ...]:
@@ -166,7 +170,7 @@ def _one(array: str, level: int | None, frame: HeatmapFrame | None, cut: Cut, ch
         y, x = (frame.l0_origin + i * pixel for i in first[-2:])
         height, width = ((e - f) * pixel for f, e in zip(first[-2:], end[-2:], strict=True))
         box = (y, x, height, width)
-    return Damage(array, level, None if whole else chunk, first, end, box)
+    return Damage(array, level, None if whole and cut.sharded else chunk, first, end, box)
 
 
 def _frame(store: Path) -> HeatmapFrame:

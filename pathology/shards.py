@@ -5,10 +5,12 @@ nothing larger than the file is held.
 from __future__ import annotations
 
 import math
+import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -55,32 +57,36 @@ def cut_of(zarr_json: Mapping[str, Any]) -> Cut:
 def damaged(path: Path, cut: Cut) -> list[tuple[int, ...]] | None:
     """Places in the file of the chunks whose checksum fails; None: all of it, as it is gone, too short, or its index fails."""
     try:
-        data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError):  # gone, or empty
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not cut.sharded:
+                return None if _fails(_read(file, 0, size)) else []
+            count = math.prod(cut.chunks)
+            end = size - 16 * count - CRC_BYTES
+            index = b"" if end < 0 else _read(file, end, size - end)
+            if _fails(index):
+                return None
+            failed = []
+            for number, (offset, length) in enumerate(struct.iter_unpack("<QQ", index[:-CRC_BYTES])):
+                if offset == length == ABSENT:
+                    continue
+                if offset + length > end or _fails(_read(file, offset, length)):
+                    failed.append(tuple(int(i) for i in np.unravel_index(number, cut.chunks)))
+            return failed
+    except OSError:  # gone, or a disk that cannot be read there
         return None
-    if not cut.sharded:
-        return None if _fails(data) else []
-    count = math.prod(cut.chunks)
-    index_bytes = 16 * count + CRC_BYTES
-    if index_bytes > len(data) or _fails(data[len(data) - index_bytes :]):
-        return None
-    end = len(data) - index_bytes
-    index = np.frombuffer(data[end:-CRC_BYTES].tobytes(), "<u8").reshape(count, 2).tolist()
-    failed = []
-    for number, (offset, size) in enumerate(index):
-        if offset == size == ABSENT:
-            continue
-        if offset + size > end or _fails(data[offset : offset + size]):
-            failed.append(tuple(int(i) for i in np.unravel_index(number, cut.chunks)))
-    return failed
 
 
-def _fails(data: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
+def _read(file: BinaryIO, place: int, length: int) -> bytes:
+    file.seek(place)
+    return file.read(length)
+
+
+def _fails(data: bytes) -> bool:
     """Whether the four bytes at the end are not the crc32c of those before."""
     if len(data) < CRC_BYTES:
         return True
-    stored = int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-    return bool(google_crc32c.value(np.ascontiguousarray(data[:-CRC_BYTES])) != stored)
+    return bool(google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"))
 
 
 def _sizes(values: Sequence[object]) -> tuple[int, ...]:

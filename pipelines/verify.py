@@ -25,7 +25,7 @@ def lines(difference: Difference) -> Iterator[str]:
 def words(damage: Damage) -> str:
     """ "level 0, chunk (0, 1, 2): slide x 512 to 1024, y 0 to 512 px"."""
     what = damage.array if damage.level is None else f"level {damage.level} of {damage.array.rpartition('/')[0]}"
-    chunk = "all chunks of the file" if damage.chunk is None else f"chunk {damage.chunk}"
+    chunk = "all chunks of the shard" if damage.chunk is None else f"chunk {damage.chunk}"
     if damage.box is None:
         return f"{what}, {chunk}: rows {damage.first[0]} to {damage.end[0]}"
     y, x, height, width = damage.box

@@ -124,6 +124,7 @@ ORDER = [
     "pipelines.one_line",
     "pipelines.fetch",
     "pipelines.model_commands",
+    "pipelines.result_commands",
     "pipelines.recipes",
     "pipelines.cli",
 ]
@@ -146,7 +147,13 @@ HEAVY = {
     "safetensors": ("pathology.models.weights", "pathology.models.checkpoint"),
     "fastjsonschema": ("pathology.models.card",),
     "onnxruntime": ("pathology.models.onnx",),
-    "click": ("pipelines.cli", "pipelines.one_line", "pipelines.model_commands", "pipelines.recipes"),
+    "click": (
+        "pipelines.cli",
+        "pipelines.one_line",
+        "pipelines.model_commands",
+        "pipelines.recipes",
+        "pipelines.result_commands",
+    ),
     "tqdm": ("pipelines.batch",),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from slides import noise_pixels, write_tiff
 
 import pathology
-from pathology import worker
+from pathology import integrity, worker
 from pathology.errors import UsageError
 from pathology.integrity import Damage, find_results, verify
 from pathology.model import Model, ModelSpec
@@ -29,6 +30,7 @@ from pathology.runner import run
 from pathology.testing import identity
 from pipelines.cli import main
 from pipelines.repair import repair
+from pipelines.verify import lines
 
 DTYPES = ("float32", "uint8")
 STORE = "heatmap.ome.zarr"
@@ -308,6 +310,39 @@ def test_a_manifest_that_leads_out_of_its_folder_is_damage(result: Path) -> None
         (result / "manifest.json").write_bytes(data)
         (result / "result.json").write_bytes(sealed({**record, "manifest_sha256": hashlib.sha256(data).hexdigest()}))
         assert [(d.path.name, d.what) for d in verify(result)] == [("manifest.json", "damaged")]
+
+
+def test_damaged_features_are_named_by_their_tiles_and_repaired(tmp_path: Path) -> None:
+    slide = write_tiff(tmp_path / "s.tiff", [noise_pixels(200, 170)])
+    model = "pathology.testing:thumbnail?tile_px=32&mpp=0.5"
+    job = pathology.Job(
+        slide=str(slide), slide_id="s", root=str(slide), model=model, out=str(tmp_path / "out"), tissue="none", batch_size=8
+    )
+    (outcome,) = run([job], "sync")
+    assert outcome.record is not None
+    result, tiles = job.result_folder("thumbnail"), outcome.record["tiles"]
+    sound = contents(result)
+    path = result / "features.zarr" / "vectors" / "c" / "0" / "0"
+    flip(path, 800)
+    (difference,) = verify(result)
+    (damage,) = difference.damage
+    assert (damage.array, damage.level, damage.chunk, damage.box) == ("features.zarr/vectors", None, (0, 0), None)
+    assert (damage.first[0], damage.end[0]) == (0, tiles)
+    assert [text.split(": ")[-1] for text in lines(difference)][1] == f"rows 0 to {tiles}"
+    assert list(repair(result, "sync")) == [path]
+    assert contents(result) == sound
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = integrity._sha256
+
+    def failing(path: Path) -> str:
+        if path.name == "overlay.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(integrity, "_sha256", failing)
+    assert [(d.path.name, d.what) for d in verify(result)] == [("overlay.png", "unreadable")]
 
 
 def test_a_result_that_lost_its_manifest_is_still_a_result(result: Path) -> None:
