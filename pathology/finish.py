@@ -29,6 +29,7 @@ from pathology.model import ModelSpec
 from pathology.outputs import write_output
 from pathology.outputs.ended import Ended
 from pathology.plan import Plan
+from pathology.record import sealed, to_json
 from pathology.slide import Slide
 from pathology.stain import Stains
 from pathology.work import Work
@@ -37,7 +38,7 @@ MANIFEST, RESULT = "manifest.json", "result.json"
 BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
 
-SCHEMAS = {MANIFEST: 1, RESULT: 3}
+SCHEMAS = {MANIFEST: 1, RESULT: 4}
 
 
 def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stains: Stains | None = None) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stai
         manifest = _manifest(partial, job.slide_folder, work)
         (partial / MANIFEST).write_bytes(manifest)
         record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles), stains)
-        (partial / RESULT).write_bytes(_json(record))
+        (partial / RESULT).write_bytes(sealed(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)
     return record
@@ -87,7 +88,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         found = value["schema"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{path} is damaged; replace the result with --overwrite") from None
     if found != SCHEMAS[path.name]:
         raise UsageError(f"{path} has schema {found!r}, this version reads {SCHEMAS[path.name]}; use the version that wrote it")
@@ -121,7 +122,7 @@ def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
 def _manifest(partial: Path, slide_folder: Path, work: Work) -> bytes:
     files = {str(path.relative_to(partial)): _file_entry(path) for path in partial.rglob("*") if path.is_file()}
     tissue = {name: _file_entry(slide_folder / name) for name in TISSUE_FILES}
-    return _json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
+    return to_json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -173,6 +174,7 @@ def _record(
         "batch_size": job.batch_size,
         "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
         "columns": dict(job.columns),
+        "job": job.asked(),
         "finished": time.time(),
         "host": socket.gethostname(),
         "version": _version(),
@@ -234,10 +236,6 @@ def _commit(partial: Path, final: Path, work: Work) -> None:
         sync_folder(folder)
     sync_folder(work.folder)
     work.clear()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
 def _version() -> str:
