@@ -17,19 +17,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from pathology.clock import covered, total
 from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
-from pathology.errors import Reason, SlideError, UsageError
+from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.job import Job
 from pathology.model import ModelSpec
 from pathology.outputs import write_output
 from pathology.outputs.ended import Ended
 from pathology.plan import Plan
-from pathology.record import sealed, to_json
+from pathology.records import check_fields, check_files, read_object
+from pathology.seal import sealed, to_json
 from pathology.slide import Slide
 from pathology.stain import Stains
 from pathology.work import Work
@@ -39,6 +41,19 @@ BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
 
 SCHEMAS = {MANIFEST: 1, RESULT: 4}
+# What is relied on where they are read back.
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    MANIFEST: {"key": str, "fields": dict, "files": dict, "slide_files": dict},
+    RESULT: {
+        **dict.fromkeys(("status", "slide_id", "model", "key", "manifest_sha256", "message"), str),
+        **dict.fromkeys(("seconds", "tissue_mm2"), (int, float)),
+        "tiles": int,
+        "reason": (str, NoneType),
+        "bounds": (list, NoneType),
+        "time": dict,
+        "columns": dict,
+    },
+}
 
 
 def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stains: Stains | None = None) -> dict[str, Any]:
@@ -73,26 +88,36 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stai
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """`result.json` of a result folder; None where there is none. Raises UsageError for another schema version."""
+    """`result.json` of a result folder; None where there is none. Raises UsageError where it is damaged, or of another schema
+    version."""
     return _read(folder / RESULT)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """`manifest.json` of a result folder; None where there is none. Raises UsageError for another schema version."""
+    """`manifest.json` of a result folder; None where there is none. Raises UsageError where it is damaged, or of another schema
+    version. The files it names lie below their folders."""
     return _read(folder / MANIFEST)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_bytes())
-        found = value["schema"]
+        value = read_object(path)
+        check_fields(value, {"schema": int})
+        if value["schema"] == SCHEMAS[path.name]:
+            check_fields(value, FIELDS[path.name])
+            for name in ("files", "slide_files"):
+                check_files(value.get(name, {}))
+            bounds = value.get("bounds") or [0] * 4
+            if len(bounds) != 4 or not all(isinstance(side, int) for side in bounds):
+                raise ValueError("its bounds are no box")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(f"{path} is damaged; replace the result with --overwrite") from None
-    if found != SCHEMAS[path.name]:
-        raise UsageError(f"{path} has schema {found!r}, this version reads {SCHEMAS[path.name]}; use the version that wrote it")
-    return dict(value)
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}); replace the result with --overwrite") from None
+    if value["schema"] != SCHEMAS[path.name]:
+        found, known = value["schema"], SCHEMAS[path.name]
+        raise UsageError(f"{path} has schema {found!r}, this version reads {known}; use the version that wrote it")
+    return value
 
 
 def _bad_tiles_csv(plan: Plan, tiles: Sequence[tuple[int, int]]) -> str:

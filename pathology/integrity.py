@@ -15,7 +15,7 @@ from typing import Any
 from pathology.errors import UsageError
 from pathology.finish import MANIFEST, RESULT, read_manifest, read_record
 from pathology.geometry import HeatmapFrame
-from pathology.record import is_sealed, to_json
+from pathology.seal import is_sealed, to_json
 from pathology.shards import Cut, cut_of, damaged
 
 # Made from a result at any time, by `pathology export`; not part of it.

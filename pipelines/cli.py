@@ -288,10 +288,9 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
 @one_line_errors
 def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json: bool) -> None:
     """Show what is known of SLIDE: size, levels, resolution and its source, reader and why that one."""
-    from pathology.readers import open_slide
+    from pipelines.check import look
 
-    with open_slide(slide, slide_mpp, force=force, reader=reader) as opened:
-        known = asdict(opened.info)
+    known = asdict(look(Path(slide), slide_mpp, force, reader))
     if as_json:
         click.echo(json.dumps(known))
         return

@@ -21,8 +21,8 @@ from pathology.geometry import Box
 from pathology.integrity import ZARR_JSON, Difference, verify_result
 from pathology.job import Job, key_difference
 from pathology.plan import Plan
-from pathology.record import is_sealed, mended
 from pathology.runner import Progress, run
+from pathology.seal import is_sealed, mended
 from pathology.work import Work
 from pipelines.batch import lock_output
 

@@ -15,6 +15,7 @@ from pathology.durable import make_folders, write_file
 from pathology.errors import Reason
 from pathology.finish import RESULT, read_record
 from pathology.job import Job, key_of
+from pathology.records import check_fields, read_object
 from pathology.runner import Outcome
 
 SCHEMA = 1
@@ -44,7 +45,7 @@ def write_failure(outcome: Outcome, model_name: str) -> None:
 def read_failure(job: Job, model_name: str) -> Outcome | None:
     """The failure of an earlier run of this very job on this very file; None if anything about it has changed."""
     try:
-        record = json.loads((job.work_folder(model_name) / FAILED).read_bytes())
+        record = read_object(job.work_folder(model_name) / FAILED)
         if record["schema"] != SCHEMA or record["asked"] != _asked(job):
             return None
         return Outcome(job, "failed", reason=Reason(record["reason"]), message=record["message"], before=True)
@@ -90,7 +91,8 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
             yield record
     for path in sorted((out / ".work").glob(f"*/*/{FAILED}")):
         try:
-            record = json.loads(path.read_bytes())
+            record = read_object(path)
+            check_fields(record, {"slide_id": str, "model": str, "columns": dict})
         except (FileNotFoundError, ValueError):
             continue
         if (record["slide_id"], record["model"]) not in done:

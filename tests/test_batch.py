@@ -70,6 +70,7 @@ def mixed_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault("S01", "S03", "S06", "S08", "S21", "S27", "S31")
 def test_a_bad_slide_is_a_row_with_its_reason_and_never_the_end(mixed_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = pathology("run", mixed_folder, "--model", MODEL, "--out", out, "--scheduler", "sync", "--threads", 1)
@@ -93,6 +94,7 @@ def test_a_bad_slide_is_a_row_with_its_reason_and_never_the_end(mixed_folder: Pa
     assert pathology("verify", out).exit_code == 0
 
 
+@pytest.mark.fault("S31")
 def test_the_good_slides_of_a_mixed_folder_are_those_of_a_good_one(mixed_folder: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     for name in ("a", "b"):
@@ -207,6 +209,7 @@ def test_a_slide_list_gives_ids_resolutions_and_columns(tmp_path: Path) -> None:
     assert next(iter(rows(out).values()))["site"] == "north"
 
 
+@pytest.mark.fault("S31")
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -224,6 +227,7 @@ def test_a_broken_slide_list_is_one_line(text: str, what: str, tmp_path: Path) -
     assert len(done.output.splitlines()) == 1
 
 
+@pytest.mark.fault("S31")
 def test_equal_names_given_one_by_one_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -315,6 +319,7 @@ def test_a_second_run_on_one_output_is_refused(slide: Path, tmp_path: Path) -> N
     assert run(slide, "--out", out).exit_code == 0
 
 
+@pytest.mark.fault("S32")
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes are POSIX's")
 def test_names_that_are_no_text_run(tmp_path: Path) -> None:
     folder = tmp_path / "slides"

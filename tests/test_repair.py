@@ -25,8 +25,8 @@ from pathology import integrity, worker
 from pathology.errors import UsageError
 from pathology.integrity import Damage, find_results, verify
 from pathology.model import Model, ModelSpec
-from pathology.record import MEND_BYTES, is_sealed, mended, sealed, to_json
 from pathology.runner import run
+from pathology.seal import MEND_BYTES, is_sealed, mended, sealed, to_json
 from pathology.testing import identity
 from pipelines.cli import main
 from pipelines.repair import repair

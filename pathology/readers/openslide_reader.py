@@ -92,8 +92,8 @@ def open_with_openslide(file: SlideFile) -> Opened | None:
     except OpenSlideError as error:
         message = f"{file.name} cannot be opened: {_words(error, file.path)}; convert it to a tiled RGB pyramid"
         raise SlideError(Reason.UNSUPPORTED, message) from error
-    stated = handle.properties
-    properties = {name: stated[name] for name in PROPERTIES if name in stated}
+    # Name by name: those that are no text are listed, and then not found.
+    properties = {name: value for name in PROPERTIES if (value := handle.properties.get(name)) is not None}
     vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "openslide")
     if file.kind is Kind.TIFF and vendor == "generic-tiff":
         refuse_channels(file)  # it would show the first of several channels as if that were the slide
