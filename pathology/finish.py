@@ -31,6 +31,7 @@ from pathology.outputs import write_output
 from pathology.outputs.ended import Ended
 from pathology.plan import Plan
 from pathology.records import check_fields, check_files, read_object
+from pathology.seal import sealed, to_json
 from pathology.slide import Slide
 from pathology.stain import Stains
 from pathology.work import Work
@@ -39,7 +40,7 @@ MANIFEST, RESULT = "manifest.json", "result.json"
 BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
 
-SCHEMAS = {MANIFEST: 1, RESULT: 3}
+SCHEMAS = {MANIFEST: 1, RESULT: 4}
 # What is relied on where they are read back.
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     MANIFEST: {"key": str, "fields": dict, "files": dict, "slide_files": dict},
@@ -92,7 +93,7 @@ def finish(
         (partial / MANIFEST).write_bytes(manifest)
         record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles), stains)
         record["input_sha256"] = None if hashes is None else dict(hashes)
-        (partial / RESULT).write_bytes(_json(record))
+        (partial / RESULT).write_bytes(sealed(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)
     return record
@@ -158,7 +159,7 @@ def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
 def _manifest(partial: Path, slide_folder: Path, work: Work) -> bytes:
     files = {str(path.relative_to(partial)): _file_entry(path) for path in partial.rglob("*") if path.is_file()}
     tissue = {name: _file_entry(slide_folder / name) for name in TISSUE_FILES}
-    return _json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
+    return to_json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -210,6 +211,7 @@ def _record(
         "batch_size": job.batch_size,
         "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
         "columns": dict(job.columns),
+        "job": job.asked(),
         "finished": time.time(),
         "host": socket.gethostname(),
         "version": _version(),
@@ -271,10 +273,6 @@ def _commit(partial: Path, final: Path, work: Work) -> None:
         sync_folder(folder)
     sync_folder(work.folder)
     work.clear()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
 def _version() -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from pathology.model import ModelSpec
 from pathology.stitch import Blend
 
 SCHEMA = 1
+
+# Fields of a job that say where and how it runs rather than what it is.
+NOT_ASKED = frozenset(("out", "stage", "stage_bytes", "overwrite", "strict", "columns"))
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
@@ -117,6 +120,18 @@ class Job:
                 f"use --overlap {margins} or more"
             )
         return stride
+
+    def asked(self) -> dict[str, Any]:
+        """JSON values of which `Job.again` makes a job that computes the same; its columns stand elsewhere in a record."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_ASKED}
+
+    @staticmethod
+    def again(asked: Mapping[str, Any], columns: Mapping[str, str], out: str) -> Job:
+        """The job that was asked for, with results below `out`. Raises UsageError for what no job of this version has."""
+        try:
+            return Job(**asked, columns=tuple(columns.items()), out=out)
+        except (TypeError, AttributeError) as error:
+            raise UsageError(f"a record names a job of another kind ({error}); run the same again with --overwrite") from None
 
     @property
     def slide_folder(self) -> Path:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pathology.clock import total
 from pathology.durable import make_folders, output_faults
-from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError
+from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
@@ -77,10 +77,12 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     for job in jobs:
         job.stride_px(specs[job.model])
     out = settings.out
-    with _lock(out), _stop_on_signals() as stop:
-        emit(out, "run-begin", {"jobs": len(jobs), "device": device})
+    with lock_output(out), _stop_on_signals() as stop:
+        ids = list(dict.fromkeys(job.slide_id for job in jobs))
+        names = [specs[ref].name for ref in models]
+        emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
         report = _Report(len(jobs), conduct.log_format)
-        failed = 0
+        failed, why = 0, ""
         try:
             todo = []
             for job in jobs:
@@ -89,6 +91,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     todo.append(job)
                 else:
                     failed += 1
+                    _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
             outcomes = run(
                 todo, conduct.scheduler, devices=devices, dashboard=conduct.dashboard, progress=report.progress, stop=stop
@@ -99,13 +102,18 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                 report.outcome(outcome, spec)
                 failed += outcome.status in ("failed", "partial")
                 if conduct.max_failures is not None and failed > conduct.max_failures:
-                    report.line(f"stopped: {failed} slides failed or partial, more than --max-failures {conduct.max_failures}")
+                    why = f"{failed} slides failed or partial, more than --max-failures {conduct.max_failures}"
+                    report.line(f"stopped: {why}")
                     break
+        except BaseException as error:
+            why = one_line(error)
+            raise
         finally:
+            with suppress(EnvironmentFault):  # told below, where it matters more than its event
+                emit(out, "run-end", {"failed": failed, "why": why})
             report.close()
             write_summary(out)
             _sweep(out / ".work")
-        emit(out, "run-end", {"failed": failed})
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
@@ -130,12 +138,20 @@ def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
         emit(Path(job.out), "slide-failed", {"slide": job.slide_id, "model": model_name, "reason": outcome.reason})
         write_failure(outcome, model_name)
         return
+    if outcome.before:
+        _emit_kept(outcome, model_name)
     clear_failure(job, model_name)
     for kind in exports:
         from pathology.export.result import export_result  # brings zarr, which takes as long as all the rest of a run's end
 
         with output_faults(job.result_folder(model_name)):
             export_result(job.result_folder(model_name), kind)
+
+
+def _emit_kept(outcome: Outcome, model_name: str) -> None:
+    reason = outcome.reason if outcome.record is None else outcome.record["reason"]
+    what = {"slide": outcome.job.slide_id, "model": model_name}
+    emit(Path(outcome.job.out), "slide-kept", {**what, "status": outcome.status, "reason": reason})
 
 
 def _sweep(work: Path) -> None:
@@ -229,7 +245,7 @@ class _Report:
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def lock_output(out: Path) -> Iterator[None]:
     """One run an output. The kernel lets go of the lock when its holder dies, however it dies."""
     folder = out / ".work"
     make_folders(folder)

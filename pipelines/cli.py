@@ -20,6 +20,7 @@ import click
 from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors, printable
 from pipelines.recipes import known_recipes, recipe_option
+from pipelines.result_commands import status, verify
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
@@ -345,30 +346,8 @@ def recipes() -> None:
         click.echo(f"{name:<24} {description}")
 
 
-@main.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--verify-input", is_flag=True, help="Hash the slides as well, of results made with --hash-input.")
-@one_line_errors
-def verify(folder: Path, verify_input: bool) -> None:
-    """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""
-    from pathology.integrity import verify as differences
-    from pathology.integrity import verify_inputs
-
-    inputs = 0
-    for difference in verify_inputs(folder) if verify_input else ():
-        inputs += 1
-        click.echo(f"{difference.what:<11} {printable(difference.path)}")
-    found = 0
-    for difference in differences(folder):
-        found += 1
-        click.echo(f"{difference.what:<11} {printable(difference.path)}")
-    if found:
-        click.echo(f"{found} files differ; run with --overwrite to compute these results again", err=True)
-    if inputs:
-        click.echo(f"{inputs} files of slides differ or were not hashed; copy them again, or run with --hash-input", err=True)
-    if found or inputs:
-        sys.exit(1)
-    click.echo("all files are as they were written")
+main.add_command(status)
+main.add_command(verify)
 
 
 @main.command()

@@ -69,7 +69,7 @@ def test_damaged_records_are_named_by_verify(file: str, change: dict[str, Any], 
     (folder / file).write_text(json.dumps(record | change))
     with pytest.raises(UsageError, match="is damaged"):
         (read_manifest if file == "manifest.json" else read_record)(folder)
-    assert [difference.what for difference in verify(folder)] == ["damaged"]
+    assert next(verify(folder)).what == "damaged"
 
 
 @pytest.mark.parametrize(
