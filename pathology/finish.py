@@ -100,9 +100,10 @@ def finish(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """`result.json` of a result folder; None where there is none. Raises UsageError where it is damaged, or of another schema
-    version."""
-    return _read(folder / RESULT)
+    """`result.json` of a result folder, without its seal; None where there is none. Raises UsageError where it is damaged, or
+    of another schema version."""
+    record = _read(folder / RESULT)
+    return None if record is None else {name: value for name, value in record.items() if name != "seal"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

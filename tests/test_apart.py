@@ -61,6 +61,7 @@ def test_what_does_not_come_back_is_a_timeout() -> None:
         with pytest.raises(SlideError, match="longer than 1 s") as caught:
             apart.call("x", time.sleep, 600)
         assert caught.value.reason is Reason.TIMEOUT
+        apart._deadline_s = 120  # a busy machine may take long to begin a process
         assert apart.call("x", len, "abc") == 3
 
 

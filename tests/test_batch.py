@@ -134,6 +134,7 @@ def test_finished_work_is_kept_and_not_done_again(slide: Path, tmp_path: Path) -
     assert sum(e["event"] == "region-start" for e in read_events(out)) == starts
 
 
+@pytest.mark.fault("F15")
 def test_other_parameters_are_refused_with_the_difference_and_overwrite_replaces(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
@@ -147,6 +148,7 @@ def test_other_parameters_are_refused_with_the_difference_and_overwrite_replaces
     assert pathology("verify", out).exit_code == 0
 
 
+@pytest.mark.fault("F16")
 def test_a_changed_slide_is_refused_by_row(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
@@ -157,6 +159,7 @@ def test_a_changed_slide_is_refused_by_row(slide: Path, tmp_path: Path) -> None:
     assert run(slide, "--out", out, "--overwrite").exit_code == 0
 
 
+@pytest.mark.fault("F17")
 def test_a_damaged_result_is_named_by_verify_and_replaced_by_overwrite(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
@@ -301,6 +304,7 @@ def test_a_vanished_share_is_the_machines_fault_and_fails_no_slide(slide: Path, 
         list(run_jobs([job], "sync"))
 
 
+@pytest.mark.fault("F10")
 def test_an_output_that_cannot_be_written_is_exit_3(slide: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run(slide, "--out", tmp_path / "file" / "out")
@@ -335,6 +339,7 @@ def test_names_that_are_no_text_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked_by", ["sigterm to the command", "ctrl-c in a terminal"])
+@pytest.mark.fault("F04")
 def test_a_signal_drains_and_the_same_command_goes_on(asked_by: str, tmp_path: Path) -> None:
     slide = write_tiff(tmp_path / "s.svs", [smooth_pixels(1200, 1200)])
     command = [sys.executable, "-m", "pipelines.cli", "run", str(slide), "--tissue", "none", "--batch-size", "4"]

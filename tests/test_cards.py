@@ -388,6 +388,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.fault("M01", "M06")
 def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, legacy: bool) -> None:
     marker = tmp_path / "ran"
     content = {"state_dict": seeded().state_dict(), "callbacks": Payload(marker)}
@@ -421,6 +422,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, legacy: bool) -> No
         assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.fault("M01")
 def test_a_plain_malicious_pickle_runs_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(marker)))
@@ -430,6 +432,7 @@ def test_a_plain_malicious_pickle_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["torchscript", "pt2"])
+@pytest.mark.fault("M02", "M03")
 def test_what_runs_code_is_not_looked_into_before_it_is_trusted(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +460,7 @@ def test_a_function_named_by_a_card_is_called_only_when_the_card_is_trusted(tmp_
 
 
 @pytest.mark.parametrize("architecture", ["os:system", "unittest.__main__:x", "antigravity:x", "pip.__main__:x"])
+@pytest.mark.fault("M09")
 def test_modules_that_hold_no_networks_are_not_even_imported(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +490,7 @@ def broken(state: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | None
         ),
     ],
 )
+@pytest.mark.fault("M05", "M07")
 def test_weights_that_are_damaged_or_do_not_fit_are_refused(
     tmp_path: Path, data: Callable[[dict[str, torch.Tensor]], bytes], message: str
 ) -> None:
@@ -494,6 +499,7 @@ def test_weights_that_are_damaged_or_do_not_fit_are_refused(
     assert "weights.safetensors of model small" in str(caught.value)
 
 
+@pytest.mark.fault("M04")
 def test_another_file_than_the_cards_is_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m")
     (folder / "weights.safetensors").write_bytes(save(Small().state_dict()))

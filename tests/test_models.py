@@ -402,6 +402,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+@pytest.mark.fault("M03")
 def test_untrusted_weights_are_never_handed_to_torch(folder: Path, home: Path, loads: list[Any]) -> None:
     digest = sha256(folder / "torchscript_model.pt")
     for refused in (load_model, load_spec):
@@ -433,6 +434,7 @@ def test_trusted_once_name_and_path_are_enough(folder: Path, home: Path, loads: 
     assert (home / "models.json").read_bytes() == before
 
 
+@pytest.mark.fault("M04")
 def test_swapped_weights_are_refused(folder: Path, loads: list[Any]) -> None:
     trusted(folder)
     weights = folder / "torchscript_model.pt"
@@ -686,6 +688,7 @@ def nan_on_plain_tiles(tiles: Tiles) -> NDArray[np.float32]:
         (Answering(scores(-0.5)), "its card says probabilities"),
     ],
 )
+@pytest.mark.fault("F29")
 def test_warm_up_refuses_a_model_that_breaks_its_card(model: Answering, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         warm_up(model, 4)

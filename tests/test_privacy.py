@@ -110,6 +110,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory, empty_home: Path) -> tu
     return folder / "out", drawn, done
 
 
+@pytest.mark.fault("P01")
 def test_p01_names_stand_only_where_a_person_looks_a_slide_up(everything: tuple[Path, list[str], Result]) -> None:
     out, _, done = everything
     assert done.exit_code == 1, done.output  # for the slide that is none
@@ -228,6 +229,7 @@ def test_p02_the_label_of_a_dicom_slide_is_never_opened(tmp_path: Path, monkeypa
     assert run(folder, tmp_path / "out", "--model", MODELS["classes"]).exit_code == 0
 
 
+@pytest.mark.fault("P03")
 def test_p03_pictures_tables_and_stores_carry_listed_metadata_only(everything: tuple[Path, list[str], Result]) -> None:
     out, _, _ = everything
     seen = set()

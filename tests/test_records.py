@@ -63,8 +63,8 @@ def test_names_that_leave_the_folder_are_refused(name: str) -> None:
     ],
 )
 def test_damaged_records_are_named_by_verify(file: str, change: dict[str, Any], reference: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "result"
-    shutil.copytree(reference, folder)
+    shutil.copytree(reference.parent, tmp_path / "slide")
+    folder = tmp_path / "slide" / reference.name
     record = json.loads((folder / file).read_bytes())
     (folder / file).write_text(json.dumps(record | change))
     with pytest.raises(UsageError, match="is damaged"):

@@ -155,6 +155,7 @@ def test_no_place_is_named_by_metadata_that_are_damaged_themselves(result: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F17")
 def test_one_flipped_bit_anywhere_is_found_and_repaired(result: Path) -> None:
     """200 of 200, in every file of a finished result; one of each file is repaired as well."""
     sound, chance = contents(result), random.Random(7)
