@@ -18,6 +18,8 @@ from pathology.geometry import Box
 from pathology.grid import TileGrid
 from pathology.model import DetectionRule, ModelSpec
 
+# Input px by which tiles may disagree on where an object is.
+SHIFT_PX = 4.0
 # Pairs of objects that are looked at together.
 PAIRS_AT_ONCE = 2**22
 
@@ -74,22 +76,27 @@ def objects_of(
 ) -> Objects:
     """The objects in one tile's answer (N, columns) whose centre lies in the tile, and in `box` of the heatmap (h_ px).
 
-    A centre outside the tile is left to the tile that it lies in.
+    A centre further outside the tile than `SHIFT_PX` is left to the tile that it lies in; so far outside the slide, it is none.
     """
     rows = answer[~np.isnan(answer[:, 3])].astype(np.float64)
-    centre = rows[:, :2]
-    inside = ((centre >= 0) & (centre < spec.input_px)).all(axis=1)
+    l0_origin, l0_pixel = grid.l0_origins(np.array([tile])), grid.l0_tile / spec.input_px
+    l0_centre, l0_end = l0_origin + rows[:, :2] * l0_pixel, np.array(grid.l0_shape, np.float64)
+    reach = SHIFT_PX * l0_pixel
+    inside = ((rows[:, :2] >= -SHIFT_PX) & (rows[:, :2] < spec.input_px + SHIFT_PX)).all(axis=1)
+    inside &= ((l0_centre >= -reach) & (l0_centre < l0_end + reach)).all(axis=1)
+    centre = np.clip(rows[:, :2], 0, np.nextafter(spec.input_px, 0))
     # The heatmap pixel is counted from the tile, not from the slide, where float noise could put it into a region that does
     # not look at this tile.
     stride = grid.heatmap_pixels_per_stride(spec.output_px)
     pixel = np.floor(centre * (spec.output_px / spec.input_px)) + np.array(tile) * stride
+    pixel = np.minimum(pixel, np.array(grid.heatmap_frame(spec.output_px).shape) - 1)
     inside &= (pixel >= (box.y, box.x)).all(axis=1) & (pixel < (box.y1, box.x1)).all(axis=1)
-    rows = rows[inside]
-    l0_origin, l0_pixel = grid.l0_origins(np.array([tile])), grid.l0_tile / spec.input_px
+    rows, l0_centre = rows[inside], l0_centre[inside]
     margin = rule.margin_px
-    at_edge = ((rows[:, :2] < margin) | (rows[:, :2] >= spec.input_px - margin)).any(axis=1)
+    # Without a margin nothing is cut off, not even what is placed outside the tile.
+    at_edge = ((rows[:, :2] < margin) | (rows[:, :2] >= spec.input_px - margin)).any(axis=1) & (margin > 0)
     return Objects(
-        l0_origin + rows[:, :2] * l0_pixel,
+        np.clip(l0_centre, 0, np.nextafter(l0_end, 0)),
         rows[:, 2].astype(np.int64),
         rows[:, 3],
         at_edge,
@@ -120,8 +127,11 @@ def _order(objects: Objects, by_score: bool) -> NDArray[np.intp]:
 def _seen_whole(
     objects: Objects, spec: ModelSpec, rule: DetectionRule, grid: TileGrid, tiles: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """(n,) bool: whether the centre lies inside the margin of any tile that was answered."""
-    margin = rule.margin_px * grid.tile_px / spec.input_px
+    """(n,) bool: whether the centre lies inside the margin of any tile that was answered, and not just inside.
+
+    At a margin's very edge two tiles may each take the object for the other's, as they place it a little differently.
+    """
+    margin = (rule.margin_px + min(SHIFT_PX, rule.margin_px / 2)) * grid.tile_px / spec.input_px
     answered = np.zeros(grid.shape, bool)
     answered[tiles[:, 0], tiles[:, 1]] = True
     place = objects.centres / grid.ratio

@@ -45,7 +45,7 @@ SCHEMAS = {MANIFEST: 1, RESULT: 4}
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     MANIFEST: {"key": str, "fields": dict, "files": dict, "slide_files": dict},
     RESULT: {
-        **dict.fromkeys(("status", "slide_id", "model", "key", "manifest_sha256", "message"), str),
+        **dict.fromkeys(("status", "slide_id", "model", "output", "key", "manifest_sha256", "message"), str),
         **dict.fromkeys(("seconds", "tissue_mm2"), (int, float)),
         "tiles": int,
         "reason": (str, NoneType),

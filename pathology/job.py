@@ -106,6 +106,8 @@ class Job:
     def stride_px(self, spec: ModelSpec) -> int:
         """Grid px between neighbouring tiles for this overlap. UsageError where it does not fit the model."""
         tile_px = spec.tile_px
+        if not math.isfinite(self.overlap):
+            raise UsageError(f"overlap {self.overlap} is no number; use a share below 1 or a number of pixels below {tile_px}")
         overlap = self.overlap if self.overlap >= 1 else self.overlap * tile_px
         stride = tile_px - round(overlap)
         if not 1 <= stride <= tile_px:
@@ -113,7 +115,7 @@ class Job:
                 f"overlap {self.overlap:g} does not fit a tile of {tile_px} px; "
                 f"use a share below 1 or a number of pixels below {tile_px}"
             )
-        margins = math.ceil(2 * spec.margin_px * tile_px / spec.output_px)
+        margins = spec.margins_px
         if tile_px - stride < margins:
             raise UsageError(
                 f"model {spec.name} has margins of {margins} px in all, which neighbours must cover; "

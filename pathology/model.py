@@ -5,6 +5,7 @@ Promise: everything that decides how tiles are cut for a model is in its `ModelS
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -15,6 +16,11 @@ from pathology.errors import ModelError
 
 # "": RGB; else what the network is given instead: see `pathology.stain.parameters`.
 StainInput = Literal["", "macenko", "eosin-haematoxylin-od"]
+# Names of models are folders beside and above files that end so.
+RESERVED_ENDINGS = (".png", ".json", ".geojson", ".csv", ".parquet", ".zarr", ".tmp")
+# Columns of a table of tiles beside their scores.
+PLACE_COLUMNS = ("minx", "miny", "width", "height", "coverage")
+
 Output = Literal["classes", "map", "detections", "features"]
 
 
@@ -121,6 +127,13 @@ class ModelSpec:
                 f"model {self.name}: detections need an output of 2 px or more for their density, and a margin of their own "
                 f"that leaves something of {self.input_px} px; correct output_px or the margin"
             )
+        if self.name.casefold().endswith(RESERVED_ENDINGS):
+            raise ModelError(
+                f"model {self.name}: a name that ends in {self.name.rpartition('.')[2]} would be taken for one of a result's "
+                "files; choose another"
+            )
+        if taken := sorted(set(self.columns()) & set(PLACE_COLUMNS)):
+            raise ModelError(f"model {self.name}: class {taken[0]} is also a column of a tile's place; rename the class")
         if (not self.classes and not self.features) or len(set(self.classes)) != len(self.classes):
             raise ModelError(f"model {self.name}: classes {self.classes} must be one or more different names")
         if not 0.05 <= self.mpp <= 100:
@@ -157,6 +170,13 @@ class ModelSpec:
     def channels(self) -> int:
         """Numbers per pixel of an answer: a score a class, or the features."""
         return self.features or len(self.classes)
+
+    @property
+    def margins_px(self) -> int:
+        """Grid px by which neighbouring tiles must overlap, so that each one's margins lie inside another's."""
+        if self.detections:
+            return math.ceil(2 * self.detections.margin_px * self.tile_px / self.input_px)
+        return math.ceil(2 * self.margin_px * self.tile_px / self.output_px)
 
     def answer_shape(self, batch: int) -> tuple[int, ...]:
         """The shape of the answer for so many tiles; a detector may answer fewer objects, up to the second number."""

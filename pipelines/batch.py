@@ -23,6 +23,7 @@ from pathology.clock import total
 from pathology.durable import make_folders, output_faults
 from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
 from pathology.events import emit
+from pathology.export import can_export
 from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
@@ -71,6 +72,12 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
+    for kind in conduct.exports:
+        if not any(can_export(spec.output, kind) for spec in specs.values()):
+            outputs = ", ".join(sorted({spec.output for spec in specs.values()}))
+            raise UsageError(
+                f"results of {', '.join(models)} ({outputs}) cannot be written as {kind}; leave out --export {kind}"
+            )
     device = choose_device(settings.device)
     devices = device_count(device) if device == "cuda" else 1
     jobs = make_jobs(slides, models, settings, device)
@@ -98,7 +105,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             )
             for outcome in outcomes if todo else ():
                 spec = specs[outcome.job.model]
-                _keep(outcome, spec.name, conduct.exports)
+                _keep(outcome, spec.name, [kind for kind in conduct.exports if can_export(spec.output, kind)])
                 report.outcome(outcome, spec)
                 failed += outcome.status in ("failed", "partial")
                 if conduct.max_failures is not None and failed > conduct.max_failures:

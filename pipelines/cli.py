@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import click
 
+from pathology.export import KINDS
 from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors, printable
 from pipelines.recipes import known_recipes, recipe_option
@@ -24,9 +25,6 @@ from pipelines.result_commands import status, verify
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
-
-# The kinds of `pathology.export.result`, whose imports would make help slow.
-EXPORTS = ["csv", "qupath", "png", "ngff-0.4"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -173,7 +171,7 @@ def job_options(command: Command) -> Command:
     help="sync, threads, processes (two for each device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
 )
 @click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
-@click.option("--export", "exports", multiple=True, type=click.Choice(EXPORTS), help="Write these as well.")
+@click.option("--export", "exports", multiple=True, type=click.Choice(KINDS), help="Write these as well.")
 @click.option(
     "--on-bad-tile",
     type=click.Choice(["mask", "fail"]),
@@ -367,10 +365,21 @@ def export(folder: Path, kinds: tuple[str, ...], slide_id: str | None) -> None:
         raise UsageError(
             f"{folder} holds no finished result{f' of slide {slide_id}' if slide_id else ''}; give a run's --out folder"
         )
+    refused: list[UsageError] = []
+    written = 0
     for result in results:
         for kind in kinds:
-            for path in export_result(result, kind):
+            try:
+                paths = export_result(result, kind)
+            except UsageError as error:
+                refused.append(error)
+                click.echo(f"left out: {printable(error)}", err=True)
+                continue
+            written += len(paths)
+            for path in paths:
                 click.echo(printable(path))
+    if refused and not written:
+        raise refused[0]
 
 
 def _settings(num_workers: int | None, **options: Any) -> Any:

@@ -40,7 +40,7 @@ def compare(model: Model, folder: Path, expected: Path) -> list[Difference]:
     For classifiers. UsageError for a table or pictures that do not fit.
     """
     spec = model.spec
-    if spec.output_px != 1:
+    if spec.output != "classes":
         raise UsageError(f"model {spec.name} answers maps; tiles can be compared for models with a score per tile and class")
     if spec.stain:
         raise UsageError(f"model {spec.name} takes the stains of a whole slide, which tiles do not show; compare heatmaps")

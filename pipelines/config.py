@@ -127,9 +127,9 @@ def _tissue(settings: Settings) -> Callable[[SlideEntry], str]:
         name, slides = load_spec(model).name, (tissue_out(settings) / "slides").absolute()
         return lambda slide: str(slides / slide.slide_id / name)
     path = Path(settings.tissue).absolute()
-    if not path.exists():
+    if not path.is_file() and not (path / "manifest.json").is_file():
         raise UsageError(
-            f"tissue {settings.tissue} is neither {' nor '.join(METHODS)} nor a file; "
+            f"tissue {settings.tissue} is neither {' nor '.join(METHODS)} nor a file or a result's folder; "
             f"give a mask picture, GeoJSON, or {TISSUE_MODEL}NAME"
         )
     return lambda _: str(path)
@@ -137,7 +137,11 @@ def _tissue(settings: Settings) -> Callable[[SlideEntry], str]:
 
 def tissue_model(settings: Settings) -> str | None:
     """The model that `--tissue model:NAME` names."""
-    return settings.tissue.removeprefix(TISSUE_MODEL) if settings.tissue.startswith(TISSUE_MODEL) else None
+    if not settings.tissue.startswith(TISSUE_MODEL):
+        return None
+    if settings.tissue == TISSUE_MODEL:
+        raise UsageError(f"tissue {TISSUE_MODEL} names no model; write {TISSUE_MODEL}NAME")
+    return settings.tissue.removeprefix(TISSUE_MODEL)
 
 
 def tissue_out(settings: Settings) -> Path:
@@ -147,12 +151,15 @@ def tissue_out(settings: Settings) -> Path:
 
 def tissue_settings(settings: Settings, spec: ModelSpec) -> Settings:
     """How tissue is looked for by a model of that card: everywhere, and as it answers."""
-    margins = math.ceil(2 * spec.margin_px * spec.tile_px / spec.output_px)
+    raster = spec.tile_px // math.gcd(spec.tile_px, spec.output_px)  # strides that keep neighbours' answers on one raster
+    stride = (spec.tile_px - spec.margins_px) // raster * raster
+    if not stride:
+        raise UsageError(f"model {spec.name} has margins of {spec.margins_px} px, which leave no stride; it cannot find tissue")
     return replace(
         settings,
         out=tissue_out(settings),
         tissue="none",
-        overlap=margins,
+        overlap=spec.tile_px - stride,
         min_tissue=0.0,
         heatmap_mpp=None,
         heatmap_dtype="auto",

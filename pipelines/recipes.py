@@ -91,7 +91,7 @@ def _content(name: str) -> dict[str, Any]:
     file: Traversable | Path = known if Path(name).name == name and known.is_file() else Path(name)
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"recipe {name} is no TOML: {error}") from error
     except OSError as error:
         names = ", ".join(recipe for recipe, _ in known_recipes())

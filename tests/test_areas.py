@@ -388,4 +388,4 @@ def test_a_model_that_finds_no_tissue_is_refused_before_it_runs(slide: Path, tmp
     assert done.exit_code == 2
     assert "model nuclei-density finds no tissue: it answers classes of nuclei; use one" in done.output
     done = CliRunner().invoke(main, [*arguments, "--tissue", "modell"])
-    assert "tissue modell is neither otsu nor none nor a file; give a mask picture, GeoJSON, or model:NAME" in done.output
+    assert "tissue modell is neither otsu nor none nor a file or a result's folder; give a mask picture" in done.output

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pathology import Job, detections, open_heatmap
 from pathology.batches import read_tiles
 from pathology.detections import Objects, first_of_each, near_pairs, overlap_share, resolve
-from pathology.errors import ModelError, SlideError
+from pathology.errors import ModelError, SlideError, UsageError
 from pathology.export.result import export_result
 from pathology.export.table import read_objects
 from pathology.finish import read_manifest
@@ -108,19 +109,65 @@ def test_a_mark_seen_whole_by_one_tile_counts_from_there_and_one_seen_by_none_st
     assert objects.scores[1] == pytest.approx(1 - 8.5 / 64)
 
 
-def test_objects_beyond_the_slides_end_are_none() -> None:
+class Everywhere:
+    """Answers an object at the same place (y, x) in every tile."""
+
+    def __init__(self, place: tuple[float, float], tile_px: int = 64) -> None:
+        self.spec = marks(tile_px).spec
+        self.place = place
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        answer = np.full((len(tiles), 1, 4), np.nan, np.float32)
+        answer[:, 0] = (*self.place, 0, 1)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "places"),
+    [
+        ((100, 100), 64, [[50, 50]]),
+        ((260, 200), 256, [[50, 50]]),
+        ((115, 113), 64, [[50, 50], [50, 113], [114, 50], [114, 113]]),
+    ],
+)
+def test_objects_beyond_the_slides_end_are_none(shape: tuple[int, int], tile: int, places: list[list[float]]) -> None:
     """The last tiles reach past the edge, where the picture is white; a detector may see things there."""
+    objects = found(array_slide(np.full((*shape, 3), 200, np.uint8)), Everywhere((50, 50), tile), tile, 2)
+    np.testing.assert_allclose(objects.centres, places, atol=1e-6)  # just beyond the end is at the end
 
-    class Corner:
-        spec = marks(64).spec
 
-        def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-            answer = np.full((len(tiles), 1, 4), np.nan, np.float32)
-            answer[:, 0] = (50, 50, 0, 1)
-            return answer
+class Drifting:
+    """Sees red pixels, but `drift` px further from the middle of its tile than they are, also beyond its edges."""
 
-    objects = found(array_slide(np.full((100, 100, 3), 200, np.uint8)), Corner(), 64, 2)
-    assert objects.centres.tolist() == [[50, 50]]
+    def __init__(self, margin_px: int, drift: float) -> None:
+        self.inner = marks(64, margin_px=margin_px)
+        self.spec = self.inner.spec
+        self.drift = drift
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        answer = self.inner(tiles)
+        answer[..., :2] += self.drift * np.sign(answer[..., :2] - 32)
+        return answer
+
+
+@pytest.mark.parametrize(("margin", "stride"), [(0, 64), (0, 32), (8, 48), (8, 32), (15, 32), (16, 32)])
+@pytest.mark.parametrize("drift", [0.6, 1.0, -1.0])
+def test_what_tiles_place_differently_at_their_borders_is_neither_lost_nor_doubled(
+    margin: int, stride: int, drift: float
+) -> None:
+    """With the least overlap that a margin allows, an object may lie in the margins of all tiles, as each of them has it."""
+    pixels, truth = planted(512, 448, 400, apart=16)
+    slide, model = array_slide(pixels), Drifting(margin, drift)
+    reference = found(slide, model, stride, 100)
+    assert len(reference) == len(truth) == 400
+    assert np.array_equal(found(slide, model, stride, 2).to_rows(), reference.to_rows())
+
+
+def test_an_overlap_too_small_for_the_margin_is_refused(tmp_path: Path) -> None:
+    slide = write_tiff(tmp_path / "s.tiff", [np.full((200, 200, 3), 200, np.uint8)])
+    wanted = replace(job(slide, tmp_path / "out", "pathology.testing:marks?tile_px=64&margin_px=16"), overlap=31)
+    with pytest.raises(UsageError, match=r"model marks has margins of 32 px in all.*use --overlap 32 or more"):
+        list(run([wanted], "sync"))
 
 
 @settings(max_examples=60)
@@ -162,11 +209,12 @@ class Answers:
 
     def __init__(self, *rows: tuple[float, ...], most: int = 8) -> None:
         spec = marks(64).spec
-        self.spec = replace(spec, detections=DetectionRule(most=most))
+        self.spec = replace(spec, detections=DetectionRule(most=most, vertices=(len(rows[0]) - 4) // 2))
         self.rows = rows
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.broadcast_to(np.array(self.rows, np.float32).reshape(1, -1, 4), (len(tiles), len(self.rows), 4)).copy()
+        rows = np.array(self.rows, np.float32)
+        return np.broadcast_to(rows[None], (len(tiles), *rows.shape)).copy()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +224,7 @@ class Answers:
         ([(1, np.inf, 0, 1)], "NaN or infinity"),
         ([(1, 1, 2, 1)], "a class that is none of 0 to 1"),
         ([(1, 1, 0.5, 1)], "a class that is none of 0 to 1"),
+        ([(1, 1, 0, 1, -200, 0, 9, 9)], "an outline that reaches more than a tile beyond its tile"),
     ],
 )
 def test_rows_that_are_no_objects_are_refused(rows: list[tuple[float, ...]], what: str) -> None:
@@ -231,6 +280,26 @@ def test_peaks_of_a_map_are_points() -> None:
     scores[1, 15, 0] = 0.625  # below the threshold of its class
     scores[0, 15, 15] = 0.5
     assert rows_of(network(scores, "peaks")) == [[14, 22, 0, 0.875], [62, 62, 0, 0.5]]
+
+
+def test_a_flat_top_is_one_object_in_its_middle() -> None:
+    """Between four pixels, or where an activation comes to its end at 1."""
+    scores = torch.zeros(2, 16, 16)
+    scores[0, 3:5, 5:7] = 0.75  # the middle lies between them
+    scores[1, 10, 10:13] = 0.75
+    assert sorted(rows_of(network(scores, "peaks"))) == [
+        [16, 24, 0, 0.75],
+        [42, 44, 1, 0.75],
+    ]  # of what touches the first pixel
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_peaks_are_those_of_logits_where_scores_are_all_one(activation: Literal["sigmoid", "softmax"]) -> None:
+    y, x = np.mgrid[0:16, 0:16]
+    bump = torch.from_numpy(30 - 0.3 * ((y - 8) ** 2 + (x - 5) ** 2)).to(torch.float32)
+    logits = torch.stack([bump, torch.full_like(bump, -20)])
+    model = TorchNetwork(network(logits, "peaks").spec, Given(logits), form="peaks", activation=activation)
+    assert rows_of(model) == [[34, 22, 0, 1]]
 
 
 def test_boxes_as_yolo_exports_them() -> None:

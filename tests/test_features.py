@@ -109,7 +109,7 @@ def test_exports_and_wrong_folders(small_slide: Path, tmp_path: Path) -> None:
     folder = wanted.result_folder("thumbnail")
     (table,) = export_result(folder, "csv")
     assert table.read_text().splitlines()[0] == "minx,miny,width,height,coverage"
-    with pytest.raises(UsageError, match="holds features and no heatmap; export it as csv"):
+    with pytest.raises(UsageError, match="holds features, which cannot be written as png; use csv"):
         export_result(folder, "png")
     with pytest.raises(UsageError, match="holds no features"):
         open_features(tmp_path)

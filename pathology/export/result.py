@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from pathology.errors import UsageError
+from pathology.export import KINDS, can_export
 from pathology.export.ngff04 import NAME as NGFF04
 from pathology.export.ngff04 import write_ngff04
 from pathology.export.png import heatmap_png
@@ -18,9 +19,7 @@ from pathology.job import slug
 from pathology.outputs.detections import DETECTIONS
 from pathology.outputs.ended import TILES
 from pathology.result import open_heatmap
-from pathology.store import STORE_NAME
 
-KINDS = ("csv", "qupath", "png", "ngff-0.4")
 # A picture of a dense map is made of the finest pyramid level that is no larger.
 PICTURE_SIDE_PX = 8192
 
@@ -37,10 +36,12 @@ def export_result(folder: Path, kind: str) -> list[Path]:
     record = read_record(folder)
     if record is None:
         raise UsageError(f"{folder} holds no finished result; give the --out folder of a run")
+    if not can_export(record["output"], kind):
+        what = "a dense map" if record["output"] == "map" else record["output"]
+        others = ", ".join(other for other in KINDS if can_export(record["output"], other))
+        raise UsageError(f"{folder} holds {what}, which cannot be written as {kind}; use {others}")
     if kind == "csv" and (folder / TILES).is_file():
         return [_replace(folder / "tiles.csv", lambda path: write_csv(path, read_parquet(folder / TILES)))]
-    if not (folder / STORE_NAME).is_dir():
-        raise UsageError(f"{folder} holds features and no heatmap; export it as csv")
     heatmap = open_heatmap(folder)
     bounds = None if record["bounds"] is None else Box(*record["bounds"])
     fingerprint = heatmap.meta.fingerprint
@@ -62,8 +63,6 @@ def export_result(folder: Path, kind: str) -> list[Path]:
             return [_replace(folder / "detections.csv", lambda path: write_objects_csv(path, objects, heatmap.classes))]
         write = partial(write_qupath_objects, objects=objects, spec=heatmap.spec, fingerprint=fingerprint, bounds=bounds)
         return [_replace(folder / "detections.geojson", write)]
-    if not (folder / TILES).is_file():
-        raise UsageError(f"{folder} has no {TILES}: the model answers a dense map; export it as png")
     table = read_parquet(folder / TILES)
     return [_replace(folder / "tiles.geojson", lambda path: write_qupath(path, table, heatmap.spec, fingerprint, bounds))]
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pathology.detections import Objects
 from pathology.errors import UsageError
 from pathology.grid import TileGrid
+from pathology.model import PLACE_COLUMNS
 
 SCHEMA = 1
 
@@ -57,9 +58,6 @@ class TileTable:
 
     def __len__(self) -> int:
         return len(self.minx)
-
-
-PLACE_COLUMNS = ("minx", "miny", "width", "height", "coverage")
 
 
 def tile_table(

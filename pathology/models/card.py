@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pathology.errors import ModelError
+from pathology.errors import ModelError, one_line
 from pathology.job import PRECISIONS, Precision
 from pathology.model import DetectionRule, ModelSpec, ReadRule
 from pathology.models.network import Activation, Colour
@@ -33,6 +33,11 @@ KINDS = {
     "margin_px": ("map", "detections"),
     **dict.fromkeys(("form", "vertices", "most", "nms_px", "nms_iou"), ("detections",)),
 }
+# Numbers that are whole: JSON Schema would take 3.0 for one.
+WHOLE = [
+    *(("input", name) for name in ("tile_px", "input_px")),
+    *(("output", name) for name in ("features", "output_px", "margin_px", "vertices", "most")),
+]
 # Pixels across a tile, and the range of colours in objects per mm2, of a heatmap of density, where a card does not say.
 DENSITY_PX, DENSITY_DISPLAY = 4, (0, 5000)
 Format = Literal["safetensors", "onnx", "torchscript", "pt2"]
@@ -82,13 +87,16 @@ def read_card(folder: Path) -> Card:
         raise ModelError(f"{CARD} in {folder} cannot be read ({error.strerror})") from error
     try:
         content = tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{CARD} in {folder} is no TOML: {error}; correct it") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{CARD} in {folder} is no TOML: {one_line(error)}; correct it") from error
     if content.get("schema", 1) != 1:
         raise ModelError(f"{CARD} in {folder} has schema {content['schema']!r}, this program knows 1; update the program")
     if why := _refusal(content):
         raise ModelError(f"{CARD} in {folder}: {why}; correct it, or fetch it again")
-    return _card(content, hashlib.sha256(raw).hexdigest())
+    try:
+        return _card(content, hashlib.sha256(raw).hexdigest())
+    except ModelError as error:
+        raise ModelError(f"{CARD} in {folder}: {error}") from error
 
 
 def toml_value(value: Any) -> str:
@@ -168,6 +176,16 @@ def _refusal(content: Mapping[str, Any]) -> str:
         return "some of output.classes have a color and some have none"
     if given.get("stain") == "eosin-haematoxylin-od" and given.get("channels", "rgb") != "rgb":
         return "input.channels is the order of colours, and eosin, haematoxylin and optical density are none; leave it out"
+    for table, name in WHOLE:
+        if isinstance(content[table].get(name), float):
+            return f"{table}.{name} is {content[table][name]}: write a whole number without a point"
+    if answer.get("display", (0, 1))[0] >= answer.get("display", (0, 1))[1]:
+        return "output.display is no range from a lower to a higher number"
+    if answer["activation"] == "softmax" and len(classes) == 1:
+        return "output.activation softmax of a single class is always 1; use sigmoid"
+    probability = answer.get("scores", "value" if answer["activation"] == "none" else "probability") == "probability"
+    if probability and not all(0 <= c.get("threshold", 0.5) <= 1 for c in classes):
+        return "a class's threshold is no probability from 0 to 1"
     for name, kinds in KINDS.items():
         if name in answer and answer["kind"] not in kinds:
             return f"output.{name} is for kind {' and '.join(kinds)}"
@@ -177,6 +195,12 @@ def _refusal(content: Mapping[str, Any]) -> str:
         return "output must contain form for kind detections"
     if "vertices" in answer and answer["form"] != "rows":
         return "output.vertices is for form rows"
+    if answer["activation"] != "none" and (answer["kind"] == "features" or answer.get("form", "peaks") != "peaks"):
+        return f"output.activation is for scores; for {answer.get('form', 'features')} say none"
+    outlined = answer.get("form") == "boxes" or answer.get("vertices", 0) > 0
+    for name, wrong in (("nms_px", outlined), ("nms_iou", not outlined)):
+        if name in answer and wrong:
+            return f"output.{name} is for {'points' if outlined else 'outlines'}"
     return ""
 
 

@@ -38,6 +38,8 @@ def unsound(spec: ModelSpec, answer: NDArray[np.float32]) -> str:
         return "NaN or infinity"
     if not np.isin(rows[:, 2], np.arange(len(spec.classes))).all():
         return f"a class that is none of 0 to {len(spec.classes) - 1}"
+    if (np.abs(rows[:, 4:] - spec.input_px / 2) > 1.5 * spec.input_px).any():
+        return "an outline that reaches more than a tile beyond its tile"
     return ""
 
 

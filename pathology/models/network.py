@@ -22,7 +22,7 @@ from pathology.errors import ModelError, OutOfMemory
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models.fold import folded
-from pathology.models.objects import Form, object_rows
+from pathology.models.objects import Form, log_odds, object_rows
 from pathology.models.pieces import Crew, piece_tiles, twin
 from pathology.models.stained import Stainer
 from pathology.stain import PARAMETERS
@@ -182,8 +182,11 @@ class TorchNetwork:
         count, classes, side = len(batch), self.spec.channels, self.spec.output_px * self._pool
         rule = self.spec.detections
         if rule is not None and isinstance(logits, torch.Tensor):
-            answer = self._activated(logits.to(torch.float32)) if self._form == "peaks" else logits.to(torch.float32)
-            return object_rows(answer, self._form, self.spec, rule)
+            answer = logits.to(torch.float32)
+            if self._form != "peaks":
+                return object_rows(answer, self._form, self.spec, rule)
+            rank = log_odds(answer) if self._activation == "softmax" else answer
+            return object_rows(self._activated(answer), "peaks", self.spec, rule, rank)
         shapes = [(count, classes, side, side)] + [(count, classes)] * (side == 1)
         if not isinstance(logits, torch.Tensor) or logits.shape not in shapes:
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"

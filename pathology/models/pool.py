@@ -31,8 +31,8 @@ def pooled_spec(spec: ModelSpec, heatmap_mpp: float | None) -> ModelSpec:
     if heatmap_mpp is None or spec.output != "map":
         return spec
     mpp = spec.tile_px * spec.mpp / spec.output_px
-    if heatmap_mpp < mpp * (1 - 1e-9):
-        raise UsageError(f"heatmap mpp {heatmap_mpp:g} is finer than model {spec.name} answers; use {mpp:g} or more")
+    if not mpp * (1 - 1e-9) <= heatmap_mpp < math.inf:
+        raise UsageError(f"heatmap mpp {heatmap_mpp:g} is none that model {spec.name} can answer; use {mpp:g} or more")
 
     def fits(factor: int) -> bool:
         side, rest = divmod(spec.output_px, factor)

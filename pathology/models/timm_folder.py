@@ -131,7 +131,7 @@ def read_config(folder: Path) -> Config:
     raw = _read(folder / CONFIG)
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(folder, "it is no JSON", "fetch it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
         raise _wrong(folder, "architecture is missing", "a folder of timm's names its network there")

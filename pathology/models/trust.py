@@ -59,7 +59,7 @@ def entries() -> list[Entry]:
         return [Entry(name, **fields) for name, fields in sorted(content["models"].items())]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"model registry {path} is damaged; move it away and add the models again") from error

@@ -67,7 +67,7 @@ def read_card(folder: Path) -> Card:
     raw = _read(folder / CONFIG)
     try:
         config = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(folder, "it is no JSON", "fetch it again") from error
     if not isinstance(config, dict):
         raise _wrong(folder, "it is no JSON object", "fetch it again")
