@@ -23,6 +23,7 @@ ORDER = [
     "pathology.job",
     "pathology.durable",
     "pathology.events",
+    "pathology.lease",
     "pathology.cores",
     "pathology.device",
     "pathology.resample",
