@@ -7,7 +7,7 @@ slow storage is waited for by threads that do nothing else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -93,7 +93,7 @@ class Source(Protocol):
         ...
 
 
-def read_ahead(source: Source, tiles: NDArray[np.int32], chunk: int) -> Iterator[Pixels | None]:
+def read_ahead(source: Source, tiles: NDArray[np.int32], chunk: int) -> Generator[Pixels | None, None, None]:
     """What `source` gives for its `tiles` (row, col), in order: by chunks of so many, some of them read ahead."""
     fetched: deque[Future[Any]] = deque()
     ahead: deque[Chunk] = deque()
@@ -123,7 +123,7 @@ def read_ahead(source: Source, tiles: NDArray[np.int32], chunk: int) -> Iterator
 
 def read_tiles(
     slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32], pool: ReadPool | None, clock: Clock | None = None
-) -> Iterator[Pixels | None]:
+) -> Generator[Pixels | None, None, None]:
     """(input_px, input_px, 3) uint8 for each of `tiles` (row, col), in order; None for one whose pixels are corrupt.
 
     Without a pool everything happens in the calling thread, tile by tile. `clock` is told what time the reading took.

@@ -7,7 +7,7 @@ in blocks that are written again only when nobody reads them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,7 @@ def asked(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if calls is None else lambda *arguments: calls.ask(function, *arguments).result()
 
 
-def read_beside(job: Job, spec: ModelSpec, clock: Clock, tiles: NDArray[np.int32]) -> Iterator[Pixels | None]:
+def read_beside(job: Job, spec: ModelSpec, clock: Clock, tiles: NDArray[np.int32]) -> Generator[Pixels | None, None, None]:
     """As `read_tiles`, by the neighbour's threads. `clock` is told what time it took them."""
     return read_ahead(_Beside(job, spec, clock, tiles), tiles, chunk_tiles(spec.input_px))
 

@@ -92,7 +92,7 @@ def answer_calls(connection: Connection, threads: Executor) -> None:
         try:
             answer = pickle.dumps((number, function(*arguments), None))
         except BaseException as error:
-            answer = pickle.dumps((number, None, _sendable(error)))
+            answer = pickle.dumps((number, None, sendable(error)))
         with suppress(OSError), lock:
             connection.send_bytes(answer)
 
@@ -113,9 +113,9 @@ def run_by(threads: Callable[..., Executor]) -> Callable[[F], F]:
     return mark
 
 
-def _sendable(error: BaseException) -> Exception:
+def sendable(error: BaseException) -> Exception:
     """`error` as it can be pickled, and raised elsewhere without ending a thread or process there."""
-    error.add_note("in the worker process:\n" + traceback.format_exc())
+    error.add_note("in the worker process:\n" + "".join(traceback.format_exception(error)))
     try:
         if isinstance(pickle.loads(pickle.dumps(error)), Exception):
             return cast(Exception, error)

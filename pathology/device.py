@@ -6,6 +6,7 @@ unless the CPU was asked for.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import re
@@ -23,8 +24,8 @@ from pathology.job import Precision
 if TYPE_CHECKING:
     import torch
 
-# Besides torch and what it computes with, these decode and resize pixels: another version may give other bits.
-LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin")
+# Besides torch, what it computes with and networks are made by, these decode and resize pixels: others may give other bits.
+LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin", "timm")
 
 _threads = 0  # of torch; 0: nobody has said
 
@@ -177,6 +178,17 @@ def set_exact() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def free_cached() -> None:
+    """Give back to the devices what torch keeps there of memory that nothing holds any more."""
+    import torch
+
+    gc.collect()  # tracebacks and their frames hold each other
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types here
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def environment(device: str = "cpu") -> dict[str, str | int]:

@@ -48,6 +48,10 @@ class EnvironmentFault(PathologyError, RuntimeError):
     """The machine, not a slide, is at fault: output, disk, device, share (exit code 3). Fails no slide."""
 
 
+class OutOfMemory(EnvironmentFault):
+    """There is no memory for so large a batch; a smaller one may still be computed."""
+
+
 class SlideError(PathologyError, OSError):
     """One slide cannot be read or finished; carries the typed `reason`.
 

@@ -30,6 +30,7 @@ from pathology.outputs import write_output
 from pathology.outputs.ended import Ended
 from pathology.plan import Plan
 from pathology.slide import Slide
+from pathology.stain import Stains
 from pathology.work import Work
 
 MANIFEST, RESULT = "manifest.json", "result.json"
@@ -39,8 +40,8 @@ TISSUE_FILES = ("tissue.geojson", "tissue.png")
 SCHEMAS = {MANIFEST: 1, RESULT: 3}
 
 
-def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
-    """Build, commit and return the record of a slide all of whose regions are done.
+def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stains: Stains | None = None) -> dict[str, Any]:
+    """Build, commit and return the record of a slide all of whose regions are done; `stains` for a model that took them.
 
     Raises UsageError where `job.strict` and regions were computed in different environments, SlideError(CORRUPT_TILES)
     where no tile at all could be read.
@@ -57,14 +58,13 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec) -> d
     with output_faults(partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        written = write_output(
-            partial, Ended(work, plan, slide, spec, np.array(bad_tiles, np.int32).reshape(-1, 2), job.heatmap_dtype)
-        )
+        bad = np.array(bad_tiles, np.int32).reshape(-1, 2)
+        written = write_output(partial, Ended(work, plan, slide, spec, bad, job.heatmap_dtype, stains))
         if bad_tiles:
             (partial / BAD_TILES).write_text(_bad_tiles_csv(plan, bad_tiles))
         manifest = _manifest(partial, job.slide_folder, work)
         (partial / MANIFEST).write_bytes(manifest)
-        record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles))
+        record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles), stains)
         (partial / RESULT).write_bytes(_json(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)
@@ -106,7 +106,10 @@ def _bad_tiles_csv(plan: Plan, tiles: Sequence[tuple[int, int]]) -> str:
 
 def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
     """The different environments of the regions, each once, in a fixed order."""
-    texts = {json.dumps(work.marker(r.index)["environment"], sort_keys=True) for r in plan.regions}
+    found = [work.marker(r.index)["environment"] for r in plan.regions]
+    # A region whose batch was halved on the way has more than one.
+    each = ({**e, "batch": size} for e in found for size in e["batch"])
+    texts = {json.dumps(e, sort_keys=True) for e in each}
     if len(texts) > 1 and job.strict:
         raise UsageError(
             f"slide {job.slide_id} has regions from {len(texts)} different environments; run without --strict to allow it, "
@@ -137,6 +140,7 @@ def _record(
     manifest: bytes,
     environments: list[dict[str, Any]],
     bad_tiles: int,
+    stains: Stains | None,
 ) -> dict[str, Any]:
     counts = [work.marker(r.index)["counts"] for r in plan.regions]
     return {
@@ -144,7 +148,7 @@ def _record(
         "research_use_only": True,
         "status": "partial" if bad_tiles else "ok" if len(plan.tiles) else "ok_empty",
         "reason": Reason.CORRUPT_TILES if bad_tiles else None,
-        "message": f"{bad_tiles} of {len(plan.tiles)} tiles cannot be decoded; {BAD_TILES} lists them" if bad_tiles else "",
+        "message": "; ".join(filter(None, (_bad_message(bad_tiles, len(plan.tiles)), _stain_message(plan, stains)))),
         "slide": job.slide,
         "slide_id": job.slide_id,
         "model": spec.name,
@@ -166,11 +170,24 @@ def _record(
         "seconds": round(sum(c["seconds"] for c in counts), 3),
         "time": _time(counts),
         "environments": environments,
+        "batch_size": job.batch_size,
+        "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
         "columns": dict(job.columns),
         "finished": time.time(),
         "host": socket.gethostname(),
         "version": _version(),
+        **({} if stains is None else {"stain": stains.record()}),
     }
+
+
+def _bad_message(bad_tiles: int, tiles: int) -> str:
+    return f"{bad_tiles} of {tiles} tiles cannot be decoded; {BAD_TILES} lists them" if bad_tiles else ""
+
+
+def _stain_message(plan: Plan, stains: Stains | None) -> str:
+    if stains is None or not stains.reference or not len(plan.tiles):
+        return ""
+    return f"a reference slide's stains were used, for want of its own: {stains.reference}"
 
 
 def _time(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Job:
     block        strides a side of a region; None: as the plan sees fit
     on_bad_tile  a tile that cannot be decoded: "mask" leaves it NaN and the slide "partial", "fail" fails the slide
     device       "cpu", "cuda", "cuda:N", "mps"
-    batch_size   tiles per model call; part of what decides the last bits
+    batch_size   tiles per model call; part of what decides the last bits. 0: as found at the run's start
     threads      torch threads of a process; likewise. 0: as measured at the run's start
     readers      threads that read tiles in a process. 0: as measured at the run's start
     precision    what the network computes in; "fp32" is the reference
@@ -90,8 +90,8 @@ class Job:
     columns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"batch size {self.batch_size}: use 1 or more")
+        if self.batch_size < 0:
+            raise UsageError(f"batch size {self.batch_size}: use 1 or more, or 0 to have it found")
         if self.readers < 0:
             raise UsageError(f"{self.readers} reader threads: use 1 or more, or 0 to have them measured")
         if self.threads < 0:

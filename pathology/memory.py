@@ -24,6 +24,7 @@ from pathology.models.pool import pooled
 from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
 from pathology.predictor import IN_FLIGHT
 from pathology.readers.opened import CACHE_BYTES
+from pathology.together import tiles_handed
 
 # Of a job's memory, for decoded tiles of the slides that are open: 1 / CACHE_SHARE.
 CACHE_SHARE = 8
@@ -34,48 +35,67 @@ OTHER_PROCESSES_BYTES = 125 * 10**6
 SLIDE_BYTES = 135 * 10**6
 
 
-def model_peak(job: Job, modules: Sequence[str]) -> int:
-    """Most bytes of a process that imports `modules`, loads the job's model and runs one batch of made-up tiles.
+def model_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
+    """Most bytes of a process that imports `modules`, loads the models of all jobs and runs one batch of made-up tiles of each.
 
     Measured in a process of its own (Linux). Raises ModelError for a model that does not load or breaks its card.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_own_peak, job, tuple(modules)).result()
+            return pool.submit(_own_peak, tuple(jobs), tuple(modules)).result()
         except BrokenProcessPool as error:
-            raise ModelError(f"model {job.model} ended the process that tried it; try it on its own first") from error
+            named = ", ".join(job.model for job in jobs)
+            raise ModelError(f"model {named} ended the process that tried it; try it on its own first") from error
 
 
-def _own_peak(job: Job, modules: Sequence[str]) -> int:
+def _own_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
     for module in modules:
         importlib.import_module(module)
-    if job.threads:
-        set_threads(job.threads)
-    warm_up(pooled(load_model(job.model, job.device, job.precision, job.compile), job.heatmap_mpp), job.batch_size)
+    models = []
+    for job in jobs:
+        if job.threads:
+            set_threads(job.threads)
+        models.append(pooled(load_model(job.model, job.device, job.precision, job.compile), job.heatmap_mpp))
+        warm_up(models[-1], job.batch_size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_bound(plan: Plan, spec: ModelSpec, job: Job, model_peak: int, readers: int) -> int:
-    """Memory of the whole command for this plan alone on one device: all its processes, shared pages counted once."""
-    regions = min(REGIONS_AT_ONCE, len(plan.regions))
-    buffers = memory_bound(plan, spec, batch_size=job.batch_size, readers=readers, regions=regions)
-    tried = job.batch_size * (_tile_bytes(spec) + _answer_bytes(spec))  # the batch of `model_peak`, one of those in `buffers`
+def run_bound(planned: Sequence[tuple[Plan, ModelSpec, Job]], model_peak: int, readers: int) -> int:
+    """Memory of the whole command on one device: all its processes, shared pages counted once.
+
+    planned  what is run together at one slide: plan, card and job of each model
+    """
+    job = planned[0][2]
+    plans = [(plan, spec, job.batch_size) for plan, spec, job in planned]
+    regions = min(REGIONS_AT_ONCE, max(len(plan.regions) for plan, _, _ in plans))
+    buffers = memory_bound(plans, readers=readers, regions=regions)
+    # A batch of `model_peak` is among those in `buffers`; of which model it is, is not known.
+    tried = min(batch_size * (_tile_bytes(spec) + _answer_bytes(spec)) for _, spec, batch_size in plans)
     cache = min(CACHE_BYTES, job.memory // CACHE_SHARE)
     return OTHER_PROCESSES_BYTES + SLIDE_BYTES + max(0, model_peak - tried) + cache + buffers
 
 
-def memory_bound(plan: Plan, spec: ModelSpec, *, batch_size: int, readers: int, regions: int = REGIONS_AT_ONCE) -> int:
-    """Most bytes that one worker holds for `regions` regions at once, beyond libraries, the model and decoded tiles.
+def memory_bound(plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, regions: int = REGIONS_AT_ONCE) -> int:
+    """Most bytes that one worker holds for `regions` regions at once, beyond libraries, the models and decoded tiles.
+
+    plans  of models whose regions are read together, each with its card and batch size
 
     Canvases, each with the bands on their way to disk; the batches being filled and computed; answers to as many tiles as a
-    region hands in before it takes them (two batches); tiles read ahead; and a source window for each reader, as RGB with mask,
-    and as Pillow's four bytes a pixel.
+    region hands in before it takes them (two batches); tiles read ahead, and those on their way to several models; and a source
+    window for each reader, as RGB with mask, and as Pillow's four bytes a pixel.
     """
-    window = (plan.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
-    batches = (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
-    read_ahead = regions * tiles_ahead(spec.input_px, readers)
-    canvases = regions * region_bytes(plan, spec.channels)
-    return int(canvases + batch_size * batches + read_ahead * _tile_bytes(spec) + readers * window)
+    first, spec, _ = plans[0]
+    window = (first.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
+    tiles = regions * (tiles_ahead(spec.input_px, readers) + (tiles_handed(spec.input_px) if len(plans) > 1 else 0))
+    bound = tiles * _tile_bytes(spec) + readers * window
+    for plan, spec, batch_size in plans:
+        bound += regions * region_bytes(plan, spec.channels) + batch_size * slot_bytes(spec, regions)
+    return int(bound)
+
+
+def slot_bytes(spec: ModelSpec, regions: int = REGIONS_AT_ONCE) -> int:
+    """What each tile of a batch takes: in the batches being filled and computed, and in answers not yet taken."""
+    return (1 + IN_FLIGHT) * _tile_bytes(spec) + 2 * regions * _answer_bytes(spec)
 
 
 def _tile_bytes(spec: ModelSpec) -> int:

@@ -6,13 +6,15 @@ Promise: everything that decides how tiles are cut for a model is in its `ModelS
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathology.errors import ModelError
 
+# "": RGB; else what the network is given instead: see `pathology.stain.parameters`.
+StainInput = Literal["", "macenko", "eosin-haematoxylin-od"]
 Output = Literal["classes", "map", "detections", "features"]
 
 
@@ -77,7 +79,8 @@ class ModelSpec:
     tile_px      side of a tile in pixels at `mpp`
     input_px     side of the array the model is given, in pixels (= tile_px unless the model resizes)
     output_px    side of its answer per tile: 1 for a tile classifier, up to tile_px for a dense map; of a detector, into how
-                 many pixels a side the heatmap of density divides a tile
+                  many pixels a side the heatmap of density divides a tile
+    stain        what is made of RGB by the slide's own stains before the network sees it; "": nothing
     margin_px    pixels from the edges of a dense answer that count only where no other tile answers: where padding is seen
     scores       "probability" (0..1, columns `prob_<class>`) or "value" (any number, columns `<class>`)
     units        of a value, for people ("nuclei per mm2"); "" for probabilities
@@ -105,6 +108,7 @@ class ModelSpec:
     margin_px: int = 0
     features: int = 0
     detections: DetectionRule | None = None
+    stain: StainInput = ""
 
     def __post_init__(self) -> None:
         if self.features < 0 or (self.features and (self.classes or self.output_px != 1 or self.detections)):
@@ -181,6 +185,23 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class StainedModel(Protocol):
+    """A model whose card names a stain input: it is given the stains of each tile's slide as well."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As `Model`; `stains`: (B, `stain.PARAMETERS`) float32."""
+        ...
+
+
+def answer(model: Model, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """What `model` answers to tiles, with their stains where it takes such."""
+    return model(tiles) if stains is None else cast(StainedModel, model)(tiles, stains)
+
+
 class Answer(Protocol):
     """Scores that a model is still working on."""
 
@@ -197,6 +218,11 @@ class QueuedModel(Model, Protocol):
         """(batch_size, input_px, input_px, 3) uint8 zeros, in memory from which batches go up quickest."""
         ...
 
-    def submit(self, tiles: NDArray[np.uint8]) -> Answer:
+    def submit(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> Answer:
         """Begin with a batch, which must stay as it is until its result was taken. From one thread at a time."""
         ...
+
+
+def begin(model: QueuedModel, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None) -> Answer:
+    """`answer`, begun."""
+    return model.submit(tiles) if stains is None else model.submit(tiles, stains)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,6 +84,10 @@ class Plan:
         """Forward passes beyond one per tile, as a share of the tiles."""
         return self.forward_passes / len(self.tiles) - 1 if len(self.tiles) else 0.0
 
+    def cell(self, region: Region) -> tuple[int, int]:
+        """Row and column of a region's place among all blocks; the same for plans of one grid and block."""
+        return region.box.y // (self.block[0] * self.h_stride), region.box.x // (self.block[1] * self.h_stride)
+
     def to_json(self) -> str:
         """One line of JSON from which `from_json` makes an equal plan."""
         return json.dumps(
@@ -129,12 +133,14 @@ def make_plan(
     blend: Blend = "hann",
     block: int | None = None,
     memory: int = MEMORY_BYTES,
+    together: Sequence[ModelSpec] = (),
 ) -> Plan:
     """The plan for one slide and model.
 
     min_tissue  a tile is inferred if at least this share of it (and more than nothing) is tissue, 0..1
     block       strides a side of a region; None: as `choose_block` sees fit
     memory      bytes that a worker may hold: a dense region's canvas takes at most `CANVAS_SHARE` of it
+    together    cards of models on the same grid, `spec` among them, whose canvases share that: each gets the same regions
     """
     if not 0 <= min_tissue <= 1:
         raise UsageError(f"min tissue {min_tissue} is outside 0..1; it is the share of a tile that must be tissue")
@@ -146,7 +152,7 @@ def make_plan(
     )
     coverage = tissue.coverage(grid.l0_origins(tiles), grid.l0_tile).astype(np.float32)
     chosen = (coverage >= np.float32(min_tissue)) & (coverage > 0)
-    shape = choose_block(grid, spec, memory) if block is None else (block, block)
+    shape = choose_block(grid, together or (spec,), memory) if block is None else (block, block)
     return cut(grid, spec.output_px, blend, shape, tiles[chosen], coverage[chosen], tissue.area_mm2)
 
 
@@ -188,21 +194,24 @@ def _touching(
                 yield box, touching
 
 
-def choose_block(grid: TileGrid, spec: ModelSpec, memory: int) -> tuple[int, int]:
-    """(rows, columns) of a region in strides, for workers that may hold `memory` bytes.
+def choose_block(grid: TileGrid, specs: Sequence[ModelSpec], memory: int) -> tuple[int, int]:
+    """(rows, columns) of a region in strides, for workers that may hold `memory` bytes. The same for all of `specs`.
 
     32 x 32; where dense answers overlap, that many for each stride that a tile reaches beyond its own, 64 at most. A region
-    that its canvas's memory, or the slide, makes narrower is as much taller: rows cost no memory, and the work stays the same.
+    that its canvases' memory, or the slide, makes narrower is as much taller: rows cost no memory, and the work stays the same.
     """
-    if spec.output_px == 1:
+    strides = {spec.output_px: grid.heatmap_pixels_per_stride(spec.output_px) for spec in specs}
+    dense = [output_px for output_px in strides if output_px > 1]
+    if not dense:
         return BLOCK, BLOCK
-    h_stride = grid.heatmap_pixels_per_stride(spec.output_px)
-    side = min(BLOCK_MAX, BLOCK * max(1, math.ceil(spec.output_px / h_stride) - 1))
+    side = min(BLOCK_MAX, BLOCK * max(1, math.ceil(grid.tile_px / grid.stride_px) - 1))
 
     def fits(cols: int) -> bool:
-        return canvas_bytes(spec.channels, spec.output_px, h_stride, cols * h_stride) <= memory * CANVAS_SHARE
+        canvases = (canvas_bytes(s.channels, s.output_px, h := strides[s.output_px], cols * h) for s in specs)
+        return sum(canvases) <= memory * CANVAS_SHARE
 
-    widest = min(side, math.ceil(grid.heatmap_frame(spec.output_px).shape[1] / h_stride))
+    across = max(math.ceil(grid.heatmap_frame(output_px).shape[1] / strides[output_px]) for output_px in dense)
+    widest = min(side, across)
     cols = next((cols for cols in range(widest, 1, -1) if fits(cols)), 1)
     return side * side // cols, cols
 

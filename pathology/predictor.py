@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 
 from pathology.clock import current, timed
 from pathology.errors import ModelError
-from pathology.model import Answer, Model, ModelSpec, QueuedModel
+from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.checks import check_scores
+from pathology.stain import PARAMETERS
 
 Predict = Callable[[Iterable[NDArray[np.uint8]]], Generator[NDArray[np.float32], None, None]]
+# What a tile's slide is stained with, (`stain.PARAMETERS`,) float32, or those of a batch: for models that take it.
+Stain = NDArray[np.float32] | None
 
 T = TypeVar("T")
 
@@ -51,10 +54,14 @@ class Spent:
 
 
 def predict_in_order(
-    model: Model, batch_size: int, tiles: Iterable[NDArray[np.uint8]]
+    model: Model, batch_size: int, tiles: Iterable[NDArray[np.uint8]], stain: Stain = None
 ) -> Generator[NDArray[np.float32], None, None]:
-    """(C, h, w) scores for each (H, W, 3) tile, in order, in the calling thread. Counts for that thread's clock."""
-    batch = _empty_batch(model.spec, batch_size)
+    """(C, h, w) scores for each (H, W, 3) tile, in order, in the calling thread. Counts for that thread's clock.
+
+    stain  (`stain.PARAMETERS`,) of the tiles' slide, for a model that takes it
+    """
+    batch, stain = _empty_batch(model.spec, batch_size), checked_stain(model.spec, stain)
+    stains = None if stain is None else np.tile(stain, (batch_size, 1))
     remaining = iter(tiles)
     while taken := list(islice(remaining, batch_size)):
         with timed("copy"):
@@ -62,13 +69,13 @@ def predict_in_order(
                 slot[...] = checked_tile(model.spec, tile)
             batch[len(taken) :] = 0
         with timed("model"):
-            scores = call_model(model, batch)
+            scores = call_model(model, batch, stains)
         yield from scores[: len(taken)]
 
 
-def call_model(model: Model, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+def call_model(model: Model, batch: NDArray[np.uint8], stains: Stain = None) -> NDArray[np.float32]:
     """(B, C, h, w) scores of a whole batch. ModelError where the model does not answer what its card says."""
-    scores = model(batch)
+    scores = answer(model, batch, stains)
     check_scores(model.spec, len(batch), scores)
     return scores
 
@@ -80,6 +87,17 @@ def checked_tile(spec: ModelSpec, tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
             f"model {spec.name} takes uint8 tiles of {spec.input_px} x {spec.input_px} x 3, not {tile.dtype} {tile.shape}"
         )
     return tile
+
+
+def checked_stain(spec: ModelSpec, stain: Stain) -> Stain:
+    """`stain`, if the model takes one exactly where there is one."""
+    if (stain is None) == bool(spec.stain):
+        raise ModelError(
+            f"model {spec.name} takes tiles stained as {spec.stain}, and was given no stains of their slide"
+            if spec.stain
+            else f"model {spec.name} takes no stains, and was given some"
+        )
+    return stain
 
 
 @contextmanager
@@ -96,12 +114,18 @@ def _empty_batch(spec: ModelSpec, batch_size: int) -> NDArray[np.uint8]:
     return np.zeros((batch_size, spec.input_px, spec.input_px, 3), np.uint8)
 
 
+def _empty_stains(spec: ModelSpec, batch_size: int) -> NDArray[np.float32] | None:
+    """One row for each tile of a batch, for a model that takes them. Zeros make a plain tile of any."""
+    return np.zeros((batch_size, PARAMETERS), np.float32) if spec.stain else None
+
+
 class _Lane:
     """One region's tiles on their way: how many are with the predictor, and answers not yet taken."""
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, lock: threading.Lock, stain: Stain) -> None:
         self.changed = threading.Condition(lock)
         self.clock = current()
+        self.stain = stain
         self.waiting = 0
         self.answers: deque[NDArray[np.float32]] = deque()
         self.error: BaseException | None = None
@@ -109,10 +133,11 @@ class _Lane:
 
 
 class _Batch:
-    """An array that is used again and again, the owners of the slots taken, and how many of these are filled."""
+    """Arrays that are used again and again, the owners of the slots taken, and how many of these are filled."""
 
-    def __init__(self, array: NDArray[np.uint8]) -> None:
+    def __init__(self, array: NDArray[np.uint8], stains: NDArray[np.float32] | None) -> None:
         self.array = array
+        self.stains = stains
         self.lanes: list[_Lane] = []
         self.filled = 0
         self.began = 0.0  # when it went to the model
@@ -136,9 +161,10 @@ class Predictor:
         self._work = threading.Condition(self._lock)  # a batch is ready, or the end
         self._room = threading.Condition(self._lock)  # a batch can be filled, or the end
         if self._queued is None:
-            self._free = [_Batch(_empty_batch(model.spec, batch_size)) for _ in range(2)]
+            arrays = [_empty_batch(model.spec, batch_size) for _ in range(2)]
         else:
-            self._free = [_Batch(self._queued.staging(batch_size)) for _ in range(1 + IN_FLIGHT)]
+            arrays = [self._queued.staging(batch_size) for _ in range(1 + IN_FLIGHT)]
+        self._free = [_Batch(array, _empty_stains(model.spec, batch_size)) for array in arrays]
         self._filling: _Batch | None = self._free.pop()
         self._full: deque[_Batch] = deque()
         self._lanes: set[_Lane] = set()
@@ -177,13 +203,13 @@ class Predictor:
         for thread in self._threads:
             thread.join()
 
-    def predict(self, tiles: Iterable[NDArray[np.uint8]]) -> Generator[NDArray[np.float32], None, None]:
-        """(C, h, w) scores for each (H, W, 3) uint8 tile, in order.
+    def predict(self, tiles: Iterable[NDArray[np.uint8]], stain: Stain = None) -> Generator[NDArray[np.float32], None, None]:
+        """(C, h, w) scores for each (H, W, 3) uint8 tile, in order; `stain` as for `predict_in_order`.
 
         Takes tiles ahead of its answers, at most two batches of them: enough for one full batch to be always possible,
         so no region can wait for ever.
         """
-        lane = _Lane(self._lock)
+        lane = _Lane(self._lock, checked_stain(self.model.spec, stain))
         self._open(lane)
         feeding = True
         try:
@@ -225,6 +251,8 @@ class Predictor:
                 self._filling = self._free.pop() if self._free else None
         began = perf_counter()
         batch.array[slot] = tile  # outside the lock: other regions fill other slots
+        if batch.stains is not None:
+            batch.stains[slot] = lane.stain
         took = perf_counter() - began
         with self._lock:
             self._copy_s += took
@@ -255,7 +283,7 @@ class Predictor:
                 self._settle(batch, self._tried(batch, self._call))
                 continue
             self._may_fly.acquire()
-            self._flying.put((batch, self._tried(batch, self._queued.submit)))
+            self._flying.put((batch, self._tried(batch, self._submit)))
         self._flying.put(None)
 
     def _collect(self) -> None:
@@ -287,6 +315,8 @@ class Predictor:
             self._calls += 1
             self._padded += self.batch_size - used
         batch.array[used:] = 0
+        if batch.stains is not None:
+            batch.stains[used:] = 0
         return batch
 
     def _ready(self) -> bool:
@@ -295,15 +325,19 @@ class Predictor:
         # Nobody feeds, so no slot of it is still being filled.
         return self._feeding == 0 and self._filling is not None and bool(self._filling.lanes)
 
-    def _tried(self, batch: _Batch, begin: Callable[[NDArray[np.uint8]], T]) -> T | Exception:
+    def _tried(self, batch: _Batch, begin: Callable[[_Batch], T]) -> T | Exception:
         try:
             with self._device_lock:
-                return begin(batch.array)
+                return begin(batch)
         except Exception as error:
             return error
 
-    def _call(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return call_model(self.model, tiles)
+    def _call(self, batch: _Batch) -> NDArray[np.float32]:
+        return call_model(self.model, batch.array, batch.stains)
+
+    def _submit(self, batch: _Batch) -> Answer:
+        assert self._queued is not None
+        return begin(self._queued, batch.array, batch.stains)
 
     def _landed(self, answer: Answer) -> NDArray[np.float32] | Exception:
         try:
@@ -345,8 +379,10 @@ class Predictor:
         lanes = list(dict.fromkeys(batch.lanes))
         for lane in lanes if len(lanes) > 1 else []:
             slots = [slot for slot, owner in enumerate(batch.lanes) if owner is lane]
-            alone = _Batch(np.zeros_like(batch.array))
+            alone = _Batch(np.zeros_like(batch.array), _empty_stains(self.model.spec, self.batch_size))
             alone.array[: len(slots)] = batch.array[slots]
+            if alone.stains is not None:
+                alone.stains[:] = lane.stain
             scores = self._tried(alone, self._call)
             for place, slot in enumerate(slots):
                 answers[slot] = scores if isinstance(scores, Exception) else scores[place]

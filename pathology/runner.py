@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +21,11 @@ from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reaso
 from pathology.events import emit
 from pathology.finish import MANIFEST
 from pathology.job import Job
+from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.schedule import Done, Tasks, open_tasks
 from pathology.staging import Stage, open_stage
+from pathology.together import groups, pixels_of
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
@@ -72,20 +74,41 @@ class Interrupted(PathologyError):
 
 @dataclass(slots=True)
 class _State:
-    """One job on its way."""
+    """One job on its way.
+
+    todo   regions not yet handed out
+    tiles  forward passes per region
+    """
 
     job: Job
-    todo: deque[int] = field(default_factory=deque)
+    todo: set[int] = field(default_factory=set)
     tiles: dict[int, int] = field(default_factory=dict)
     running: int = 0
     failed: bool = False
 
 
+@dataclass(slots=True)
+class _Group:
+    """Jobs that read alike, so that their regions are read together: those that lie in one place.
+
+    places  of the jobs in the run
+    begun   what each was prepared as, by its place; without those that failed or were finished before
+    left    how many are not yet prepared
+    reads   regions to hand out, each as (place of the job, region) of all that are read together
+    """
+
+    places: tuple[int, ...]
+    left: int
+    begun: dict[int, slide_worker.Prepared] = field(default_factory=dict)
+    reads: deque[tuple[tuple[int, int], ...]] = field(default_factory=deque)
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
+    """parts: (place of the job in the run, region); several where slides are begun, or regions read, for several models."""
+
     kind: Literal["prepare", "region", "finish"]
-    place: int  # of the job in the run
-    region: int = -1
+    parts: tuple[tuple[int, int], ...]
     deaths: int = 0
 
 
@@ -133,13 +156,15 @@ class _Window:
     ) -> None:
         self._processes = processes
         self._states = [_State(job) for job in jobs]
+        self._groups: list[_Group] = []
+        self._group: dict[int, _Group] = {}  # by the place of a job
         self._tasks = tasks
         self._progress = progress
         self._stop = stop
         self._stage = stage
         self._running: set[_Task] = set()
-        self._next = 0  # the first job not yet being prepared
-        self._active: deque[int] = deque()  # jobs with regions to hand out, in order
+        self._next = 0  # the first group not yet being prepared
+        self._active: deque[_Group] = deque()  # groups with regions to hand out, in order
         self._first: deque[_Task] = deque()  # ends of slides, before anything else
         self._suspects: deque[_Task] = deque()  # tasks whose worker died: each runs alone
 
@@ -154,7 +179,7 @@ class _Window:
                 raise Interrupted("the run was stopped; finished regions are kept: run the same command again to go on")
             while (task := self._choose(room)) is not None:
                 self._submit(task)
-            if not self._running and self._next == len(self._states):
+            if not self._running and self._next == len(self._groups):
                 return
             try:
                 done = self._tasks.done.get(timeout=0.2)
@@ -162,35 +187,57 @@ class _Window:
                 continue
             if done.token is _WAKE or done.token == LOOK:
                 continue
-            outcome = self._handle(done)
-            if outcome is not None:
-                yield outcome
+            yield from self._handle(done)
 
     def _check_models(self) -> None:
+        """Try each model once, divide the cores between those that read alike, and see which jobs are run together."""
         shared: dict[tuple[object, ...], list[_State]] = {}
         if self._states and self._tasks.apart:
             # While one process loads torch for the first model, another can look at the first slide.
             self._tasks.submit(LOOK, slide_worker.look, replace(self._states[0].job, stage=None), kind="slides")
         for state in self._states:
             shared.setdefault(worker.model_of(state.job), []).append(state)
+        alike: dict[tuple[object, ...], list[list[_State]]] = {}
+        specs: dict[tuple[object, ...], ModelSpec] = {}
         for states in shared.values():
-            job = replace(states[0].job, stage=None)
-            done = self._alone(worker.check_model, job)
-            if done.died:
-                raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
-            if not done.error and not (job.threads and job.readers):
-                done = self._alone(
-                    worker.divide_cores, tuple(replace(s.job, stage=None) for s in states[:SLIDES_TRIED]), self._processes
-                )
-                if done.died:  # a slide's fault; whose, will be seen when its turn comes
-                    done = self._alone(worker.divide_cores, (job,), self._processes, False)
-                if not done.error:
-                    for state in states:
-                        state.job = replace(state.job, readers=done.value.readers, threads=done.value.threads)
-            if isinstance(done.error, PathologyError):
-                raise done.error
-            if done.error is not None:
-                raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
+            spec: ModelSpec = self._of_model(states[0].job, worker.check_model)
+            if not states[0].job.batch_size:
+                size: int = self._of_model(states[0].job, worker.find_batch_size, self._processes)
+                for state in states:
+                    state.job = replace(state.job, batch_size=size)
+            job = states[0].job
+            specs[worker.model_of(job)] = spec
+            alike.setdefault((job.device, job.threads, job.readers, pixels_of(spec)), []).append(states)
+        spec_of = [specs[worker.model_of(state.job)] for state in self._states]
+        for models in alike.values():
+            if not (models[0][0].job.threads and models[0][0].job.readers):
+                self._divide_cores(models)
+        for places in groups([state.job for state in self._states], spec_of):
+            self._groups.append(_Group(places, len(places)))
+            self._group.update(dict.fromkeys(places, self._groups[-1]))
+
+    def _of_model(self, job: Job, function: Callable[..., object], *arguments: object) -> Any:
+        """What `function` says of the job's model. ModelError where it ends its process or fails."""
+        done = self._alone(function, replace(job, stage=None), *arguments)
+        if done.died:
+            raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
+        _raise_model_error(job, done)
+        return done.value
+
+    def _divide_cores(self, models: list[list[_State]]) -> None:
+        """Give the jobs of each of `models`, which read alike, their threads. Models whose results all stand do not count."""
+        computed = [states for states in models if len(models) == 1 or any(_needed(state.job) for state in states)] or models
+        first = [replace(states[0].job, stage=None) for states in computed]
+        tried = [replace(state.job, stage=None) for state in computed[0][1:SLIDES_TRIED]]
+        done = self._alone(worker.divide_cores, (*first, *tried), self._processes)
+        if done.died:  # a slide's fault; whose, will be seen when its turn comes
+            done = self._alone(worker.divide_cores, tuple(first), self._processes, False)
+        _raise_model_error(first[0], done)
+        splits = dict(zip(map(worker.model_of, first), done.value, strict=False))
+        for states in models:
+            split = splits.get(worker.model_of(states[0].job), done.value[0])
+            for state in states:
+                state.job = replace(state.job, readers=split.readers, threads=split.threads)
 
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
         """Run `function` as a task while nothing else runs but a first look, and wait for its end."""
@@ -215,38 +262,50 @@ class _Window:
             return self._first.popleft()
         preparing = sum(task.kind == "prepare" for task in self._running)
         if self._next_is_ready() and len(self._active) + preparing < SLIDES_AHEAD:
-            self._next += 1
-            return _Task("prepare", self._next - 1)
+            return self._begin_next()
         while self._active:
-            place = self._active[0]
-            state = self._states[place]
-            if state.todo and not state.failed:
-                return _Task("region", place, state.todo.popleft())
+            group = self._active[0]
+            while group.reads:
+                parts = tuple(part for part in group.reads.popleft() if not self._states[part[0]].failed)
+                for place, region in parts:
+                    self._states[place].todo.remove(region)
+                if parts:
+                    return _Task("region", parts)
             self._active.popleft()
         if preparing < SLIDES_AHEAD and self._next_is_ready():
-            self._next += 1
-            return _Task("prepare", self._next - 1)
+            return self._begin_next()
         return None
 
+    def _begin_next(self) -> _Task:
+        self._next += 1
+        return _Task("prepare", tuple((place, -1) for place in self._groups[self._next - 1].places))
+
     def _next_is_ready(self) -> bool:
-        """Whether there is a job left to prepare and its slide lies where it will be read."""
-        if self._next == len(self._states):
+        """Whether there are jobs left to prepare and their slide lies where it will be read."""
+        if self._next == len(self._groups):
             return False
-        return self._stage is None or self._stage.ready(self._next, SLIDES_AHEAD)
+        return self._stage is None or self._stage.ready(self._groups[self._next].places[0], SLIDES_AHEAD)
 
     def _submit(self, task: _Task) -> None:
-        state = self._states[task.place]
-        state.running += 1
         self._running.add(task)
-        # Where a copy of the slide lies is told task by task, once there is one.
-        job = replace(state.job, stage=None if self._stage is None else self._stage.folder(task.place))
+        for place, _ in task.parts:
+            self._states[place].running += 1
+        places, regions = zip(*task.parts, strict=True)
+        jobs = self._jobs(places)
         if task.kind == "prepare":
-            self._report_staging(task.place)
-            self._tasks.submit(task, slide_worker.prepare, job, kind="slides")
+            for place in places:
+                self._report_staging(place)
+            together = self._jobs(self._group[places[0]].places)
+            self._tasks.submit(task, slide_worker.prepare_all, jobs, together, kind="slides")
         elif task.kind == "region":
-            self._tasks.submit(task, worker.run_region, job, task.region, self._tasks.in_order)
+            self._tasks.submit(task, worker.run_regions, jobs, regions, self._tasks.in_order)
         else:
-            self._tasks.submit(task, slide_worker.finish_slide, job, kind="slides")
+            self._tasks.submit(task, slide_worker.finish_slide, *jobs, kind="slides")
+
+    def _jobs(self, places: Iterable[int]) -> tuple[Job, ...]:
+        """Jobs as a task is told of them: with the place of their slide's copy, once there is one."""
+        stage = self._stage
+        return tuple(replace(self._states[p].job, stage=None if stage is None else stage.folder(p)) for p in places)
 
     def _report_staging(self, place: int) -> None:
         copy = None if self._stage is None else self._stage.begun(place)
@@ -260,48 +319,68 @@ class _Window:
             emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": copy.why})
             self._progress(Progress("in-place", job, 0, copy.why))
 
-    def _handle(self, done: Done) -> Outcome | None:
+    def _handle(self, done: Done) -> Iterator[Outcome]:
         task = done.token
         assert isinstance(task, _Task)
         self._running.discard(task)
-        state = self._states[task.place]
-        state.running -= 1
-        outcome = self._consider(task, state, done)
-        if self._stage is not None and (outcome is not None or state.failed) and not state.running:
-            self._stage.end(task.place)
-        return outcome
+        for place, _ in task.parts:
+            self._states[place].running -= 1
+        for number, (place, region) in enumerate(task.parts):
+            state = self._states[place]
+            end = done
+            if done.error is None and task.kind != "finish":
+                value = done.value[number]
+                end = Done(task, error=value) if isinstance(value, Exception) else Done(task, value=value)
+            outcome = self._consider(_Task(task.kind, ((place, region),), task.deaths), state, end)
+            if self._stage is not None and (outcome is not None or state.failed) and not state.running:
+                self._stage.end(place)
+            if outcome is not None:
+                yield outcome
 
     def _consider(self, task: _Task, state: _State, done: Done) -> Outcome | None:
-        """What a task's end means for its job; the outcome if the job has ended with it."""
+        """What a task's end means for one job; the outcome if the job has ended with it."""
         if state.failed:
             return None
         if done.died and task.deaths == 0:
             # Any of the tasks on that worker may be the culprit: each runs again, alone, and only a second death counts.
-            self._suspects.append(_Task(task.kind, task.place, task.region, 1))
+            self._suspects.append(replace(task, deaths=1))
             return None
+        ((place, region),) = task.parts
+        if task.kind == "prepare":
+            return self._prepared(place, state, done)
         if done.error is not None:
             return self._failed(state, done)
-        if task.kind == "prepare":
-            return self._prepared(task.place, state, done.value)
         if task.kind == "finish":
             return Outcome(state.job, done.value["status"], done.value)
-        self._progress(Progress("region", state.job, state.tiles[task.region]))
-        waiting = any(t.place == task.place for t in self._suspects)
+        self._progress(Progress("region", state.job, state.tiles[region]))
+        waiting = any(place == other for task in self._suspects for other, _ in task.parts)
         if not state.todo and not state.running and not waiting:
-            self._first.append(_Task("finish", task.place))
+            self._first.append(_Task("finish", task.parts))
         return None
 
-    def _prepared(self, place: int, state: _State, prepared: slide_worker.Prepared) -> Outcome | None:
-        if prepared.record is not None:
-            return Outcome(state.job, prepared.record["status"], prepared.record, before=True)
-        state.todo = deque(prepared.todo)
+    def _prepared(self, place: int, state: _State, done: Done) -> Outcome | None:
+        group = self._group[place]
+        group.left -= 1
+        outcome = None
+        if done.error is not None:
+            outcome = self._failed(state, done)
+        elif done.value.record is not None:
+            outcome = Outcome(state.job, done.value.record["status"], done.value.record, before=True)
+        else:
+            self._begun(place, state, done.value)
+        if not group.left and group.begun:
+            group.reads.extend(_reads(group.begun))
+            self._active.append(group)
+        return outcome
+
+    def _begun(self, place: int, state: _State, prepared: slide_worker.Prepared) -> None:
+        state.todo = set(prepared.todo)
         state.tiles = dict(zip(prepared.todo, prepared.tiles, strict=True))
         self._progress(Progress("planned", state.job, sum(prepared.tiles)))
         if state.todo:
-            self._active.append(place)
+            self._group[place].begun[place] = prepared
         else:
-            self._first.append(_Task("finish", place))
-        return None
+            self._first.append(_Task("finish", ((place, -1),)))
 
     def _failed(self, state: _State, done: Done) -> Outcome:
         error = done.error
@@ -332,6 +411,23 @@ class _Window:
 def _needed(job: Job) -> bool:
     """Whether a job will read its slide. Where a result stands, `prepare` looks at it with a few reads in place."""
     return job.overwrite or not (job.result_folder(load_spec(job.model).name) / MANIFEST).exists()
+
+
+def _reads(begun: dict[int, slide_worker.Prepared]) -> list[tuple[tuple[int, int], ...]]:
+    """The regions of jobs by their place in the run, those that lie in one place of the slide together, in order."""
+    together: dict[slide_worker.Cell, list[tuple[int, int]]] = {}
+    for place, prepared in begun.items():
+        for region, cell in zip(prepared.todo, prepared.cells, strict=True):
+            together.setdefault(cell, []).append((place, region))
+    return [tuple(together[cell]) for cell in sorted(together)]
+
+
+def _raise_model_error(job: Job, done: Done) -> None:
+    """Raise what a trial of the job's model ended with, if it is an error."""
+    if isinstance(done.error, PathologyError):
+        raise done.error
+    if done.error is not None:
+        raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
 
 
 def _line(error: BaseException) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
-from pathology.calls import neighbour, run_by
+from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
 from pathology.encoding import choose_encoding
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
@@ -37,6 +37,8 @@ from pathology.plan import Plan, make_plan
 from pathology.readers import open_slide
 from pathology.slide import Slide
 from pathology.staging import slide_path
+from pathology.stain import VERSION as STAIN_VERSION
+from pathology.stain import Stains, fit_stains, parameters
 from pathology.threads import measure_reading
 from pathology.thumbnail import LARGEST_PX, picture
 from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, tissue_png
@@ -44,7 +46,10 @@ from pathology.work import Work
 
 KEPT_SLIDES = 4
 # Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
-LATER = ("margin_px", "features", "detections")
+LATER = ("margin_px", "features", "detections", "stain")
+
+# The size of a plan's blocks, (rows, columns) in strides, and the row and column of one.
+Cell = tuple[int, int, int, int]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -57,11 +62,13 @@ class Prepared:
     record   result.json of a job that was finished before, None otherwise
     todo     regions to infer; none and no record: only the end is missing
     tiles    forward passes per region of `todo`
+    cells    where each lies: equal for regions of several models that show the same part of the slide, and need the same tiles
     """
 
     record: dict[str, Any] | None
     todo: tuple[int, ...] = ()
     tiles: tuple[int, ...] = ()
+    cells: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,7 @@ class _Kept:
         self.lock = threading.RLock()
         self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
         self.tissue: WeakKeyDictionary[Slide, dict[Area, TissueMask]] = WeakKeyDictionary()
+        self.stains: WeakKeyDictionary[Slide, dict[Area, Stains]] = WeakKeyDictionary()
         self.tissue_files: WeakKeyDictionary[Slide, dict[Area, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.pools: dict[int, ReadPool] = {}
@@ -117,8 +125,21 @@ def look(job: Job) -> None:
         picture(slide, 1, LARGEST_PX)
 
 
-def prepare(job: Job) -> Prepared:
+def prepare_all(jobs: tuple[Job, ...], together: tuple[Job, ...]) -> tuple[Prepared | Exception, ...]:
+    """`prepare` for jobs of one slide, one after the other; an error ends none but its own."""
+    prepared: list[Prepared | Exception] = []
+    for job in jobs:
+        try:
+            prepared.append(prepare(job, together))
+        except Exception as error:
+            prepared.append(sendable(error))
+    return tuple(prepared)
+
+
+def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     """Open the slide, find tissue, make or find the plan, and say what is left to do.
+
+    together  all jobs that will read with it, itself among them: a new plan has the same regions for all
 
     Raises SlideError for a slide that cannot be worked on, UsageError for a result or work made otherwise,
     EnvironmentFault where the place the slides come from is gone.
@@ -133,7 +154,7 @@ def prepare(job: Job) -> Prepared:
     if record is not None:
         work.clear()
         return Prepared(record)
-    _, plan = plan_slide(job, slide, spec)
+    _, plan = plan_slide(job, slide, spec, [_spec(other) for other in together])
     _write_tissue(job, _tissue_files(slide, job))
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
@@ -144,25 +165,45 @@ def prepare(job: Job) -> Prepared:
         "slide-begin",
         {"slide": job.slide_id, "model": spec.name, "regions": len(plan.regions), "todo": len(todo)},
     )
-    return Prepared(None, tuple(todo), tuple(len(plan.regions[i].tiles) for i in todo))
+    return Prepared(
+        None,
+        tuple(todo),
+        tuple(len(plan.regions[i].tiles) for i in todo),
+        tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo),
+    )
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
     slide, spec = open_slide_of(job), _spec(job)
     work, plan = open_work(job)
-    record = finish(job, work, plan, slide, spec)
+    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None)
     with _kept.lock:
         _kept.works.pop(job, None)
     emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})
     return record
 
 
-def plan_slide(job: Job, slide: Slide, spec: ModelSpec) -> tuple[TissueMask, Plan]:
-    """Tissue and plan of a job, as any run of it would make them."""
+def plan_slide(job: Job, slide: Slide, spec: ModelSpec, together: Sequence[ModelSpec] = ()) -> tuple[TissueMask, Plan]:
+    """Tissue and plan of a job, as any run of it would make them. `together`: the cards of all models that it reads for."""
     tissue = _tissue(slide, job)
-    grid = _grid(job, slide, spec)
-    return tissue, make_plan(grid, spec, tissue, min_tissue=job.min_tissue, blend=job.blend, block=job.block, memory=job.memory)
+    plan = make_plan(
+        _grid(job, slide, spec),
+        spec,
+        tissue,
+        min_tissue=job.min_tissue,
+        blend=job.blend,
+        block=job.block,
+        memory=job.memory,
+        together=together,
+    )
+    return tissue, plan
+
+
+def stain_of(job: Job) -> NDArray[np.float32] | None:
+    """The parameters of the slide's stains as the job's model takes them; None where it takes none."""
+    spec = _spec(job)
+    return parameters(spec.stain, _stains(open_slide_of(job), job)) if spec.stain else None
 
 
 def seconds_to_read(jobs: tuple[Job, ...]) -> float:
@@ -245,6 +286,15 @@ def _tissue(slide: Slide, job: Job) -> TissueMask:
     return found[area]
 
 
+def _stains(slide: Slide, job: Job) -> Stains:
+    """The slide's stains, fitted once as long as it is open; to all of its tissue, whatever part a job looks at."""
+    whole = replace(job, roi=None)
+    area, fitted = _area(whole), _kept.stains.setdefault(slide, {})
+    if area not in fitted:
+        fitted[area] = fit_stains(slide, _tissue(slide, whole))
+    return fitted[area]
+
+
 def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
     """The contents of `TISSUE_FILES`, made once as long as the slide is open."""
     area, made = _area(job), _kept.tissue_files.setdefault(slide, {})
@@ -273,6 +323,8 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "precision": job.precision,
         "compile": job.compile,
         **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
+        # The stains themselves follow from what is above and from how they are fitted.
+        **({"stain": f"{spec.stain} {STAIN_VERSION}"} if spec.stain else {}),
     }
 
 

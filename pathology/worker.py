@@ -10,16 +10,21 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathology import slide_worker
+from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
+from pathology.calls import WorkerDied, sendable
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
 from pathology.device import environment, set_threads
@@ -28,14 +33,17 @@ from pathology.errors import Reason, SlideError
 from pathology.events import emit
 from pathology.infer import Tile, detect_region, infer_region
 from pathology.job import Job, key_of
-from pathology.model import Model, ModelSpec
+from pathology.model import ModelSpec
 from pathology.models import load_model
 from pathology.models.checks import warm_up
+from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
 from pathology.models.pieces import piece_tiles
 from pathology.models.pool import pooled
-from pathology.plan import Plan
+from pathology.plan import Plan, Region
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.threads import Split, measure_model, split_threads
+from pathology.together import Handout, ReadingEnded
+from pathology.work import Work
 
 
 class _Kept:
@@ -44,7 +52,7 @@ class _Kept:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.device_lock = threading.Lock()
-        self.models: dict[tuple[object, ...], Model] = {}
+        self.models: dict[tuple[object, ...], HalvingModel | QueuedHalvingModel] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
         self.threads = 0
 
@@ -64,61 +72,166 @@ def check_model(job: Job) -> ModelSpec:
     return model.spec
 
 
-def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> Split:
-    """The threads for `jobs`, which share a model: those they leave open as measured, in one of `processes` of this machine.
+def find_batch_size(job: Job, processes: int = 1) -> int:
+    """The batch size for a job that leaves it open, and for all that share its model, in one of `processes` of this machine.
 
-    Reading is measured on the first slide that opens; not `read`: taken for quick. How many threads torch has can decide last
-    bits, so that number is kept beside unfinished work, and a resumed run goes on with it.
+    Kept beside unfinished work, and a resumed run goes on with it.
     """
-    job = jobs[0]
+    model = _model(job).inner
+
+    def find() -> int:
+        # Each size tried would be compiled, and torch gives up compiling after a few.
+        plain = pooled(load_model(job.model, job.device, job.precision), job.heatmap_mpp) if job.compile else model
+        return choose_batch(plain, job.device, job.threads or max(1, core_count() // processes), job.memory)
+
+    return _kept_number(_kept_path(job, "batch", model.spec, [job.device, job.precision, job.compile]), find)
+
+
+def divide_cores(jobs: tuple[Job, ...], processes: int = 1, read: bool = True) -> tuple[Split, ...]:
+    """The threads for jobs whose models read alike: those they leave open as measured, in one of `processes` of this machine.
+
+    Reading is measured on the first slide that opens; not `read`: taken for quick. A tile is computed by all models. How many
+    threads torch has can decide last bits, so that number is kept beside unfinished work, and a resumed run goes on with it.
+    """
     cores = max(1, core_count() // processes)
-    if job.device != "cpu":
-        return Split(job.readers or cores, job.threads or 1)
-    model = _model(job)
+    first = {model_of(job): job for job in reversed(jobs)}
+    if jobs[0].device != "cpu":
+        return tuple(Split(job.readers or cores, job.threads or 1) for job in jobs)
+    models = {name: _model(job) for name, job in first.items()}
     read_s = asked(slide_worker.seconds_to_read)(jobs) if read else 0.0
-    split = split_threads(cores, read_s, measure_model(model, _at_once(job, model.spec)), job.threads)
-    if not job.threads:
-        kept = Path(job.out) / ".work" / f"threads-{key_of({'model': model.spec.sha256, 'run': [*model_of(job), cores]})[:16]}"
-        if kept.exists():
-            split = split_threads(cores, read_s, 0.0, int(kept.read_text()))
-        else:
-            make_folders(kept.parent)
-            write_file(kept, str(split.threads).encode())
-    return Split(job.readers or split.readers, split.threads)
+    model_s = sum(measure_model(models[name], _at_once(job, models[name].spec)) for name, job in first.items())
+    kept = {name: _kept_path(job, "threads", models[name].spec, [*name, cores]) for name, job in first.items()}
+    before = [int(path.read_text()) for path in kept.values() if path.exists()]
+    split = split_threads(cores, read_s, model_s, jobs[0].threads or next(iter(before), 0))
+    threads = {name: jobs[0].threads or _kept_number(path, lambda: split.threads) for name, path in kept.items()}
+    return tuple(Split(job.readers or split.readers, threads[model_of(job)]) for job in jobs)
+
+
+def _kept_path(job: Job, what: str, spec: ModelSpec, run: list[object]) -> Path:
+    """Where a number lies that is kept beside unfinished work, for it can decide last bits: a file for each such run."""
+    return Path(job.out) / ".work" / f"{what}-{key_of({'model': spec.sha256, 'run': run})[:16]}"
+
+
+def _kept_number(path: Path, find: Callable[[], int]) -> int:
+    """What `find` gave when it was first asked."""
+    if path.exists():
+        return int(path.read_text())
+    number = find()
+    make_folders(path.parent)
+    write_file(path, str(number).encode())
+    return number
 
 
 def _at_once(job: Job, spec: ModelSpec) -> int:
-    """Tiles that the model computes at once: the whole batch on a device, a piece of it on the CPU."""
-    return piece_tiles(job.batch_size, spec.input_px) if job.device == "cpu" else job.batch_size
+    """Tiles that the model computes at once: the whole batch on a device, a piece on the CPU. One if it is to be found."""
+    return piece_tiles(job.batch_size or 1, spec.input_px) if job.device == "cpu" else job.batch_size or 1
 
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:
     """Infer and stage one region; the number of tiles. `in_order`: in this thread alone, as the reference does it."""
-    spec = _model(job).spec
+    begun = _begin(job, index)
+    return _infer(begun, _reading(begun, begun.clock, in_order), in_order)
+
+
+def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool = False) -> tuple[int | Exception, ...]:
+    """Infer and stage a region of each job, all tiles read once for all: the number of tiles of each, or its error.
+
+    The jobs are of one of `together.groups`. Each takes tiles in a thread of its own and ends as it would by itself; where
+    there is one only, its error is raised.
+    """
+    if len(jobs) == 1:
+        return (run_region(jobs[0], indices[0], in_order),)
+    ends: dict[int, int | Exception] = {}
+    begun: dict[int, _Begun] = {}
+    for place, (job, index) in enumerate(zip(jobs, indices, strict=True)):
+        try:
+            begun[place] = _begin(job, index)
+        except Exception as error:
+            ends[place] = error
+    if begun:
+        ends.update(zip(begun, _infer_together(list(begun.values()), in_order), strict=True))
+    for end in ends.values():
+        if isinstance(end, WorkerDied):
+            raise end
+    return tuple(sendable(end) if isinstance(end := ends[place], Exception) else end for place in range(len(jobs)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A region about to be inferred. `answered`: what its model had answered before, by the size of its calls."""
+
+    job: Job
+    spec: ModelSpec
+    work: Work
+    plan: Plan
+    region: Region
+    clock: Clock
+    began: float
+    answered: Counter[int]  # batches by their sizes, before it
+
+
+def _begin(job: Job, index: int) -> _Begun:
+    model = _model(job)
+    spec, answered = model.spec, model.sizes.answered()
     work, plan = slide_worker.open_work(job, asked(slide_worker.key_fields_of))
-    region = plan.regions[index]
-    what = {"slide": job.slide_id, "model": spec.name, "region": index}
-    emit(Path(job.out), "region-start", what)
-    began, clock = time.time(), Clock()
-    read = _reading(job, spec, plan, clock, in_order)
+    emit(Path(job.out), "region-start", {"slide": job.slide_id, "model": spec.name, "region": index})
+    return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), answered)
+
+
+def _infer_together(begun: Sequence[_Begun], in_order: bool) -> Iterator[int | Exception]:
+    """What each region ends with: its tiles, or the error that itself, or reading for all, has met."""
+    handout = Handout([one.region.tiles for one in begun], begun[0].spec.input_px)
+    clock = Clock(among=[one.clock for one in begun])
+    failed: Exception | None = None
+    with ThreadPoolExecutor(len(begun), thread_name_prefix="region") as takers:
+
+        def begin(taker: int, one: _Begun) -> Future[int]:
+            end = takers.submit(_infer, one, lambda _: handout.take(taker), in_order)
+            end.add_done_callback(lambda _: handout.leave(taker))
+            return end
+
+        ends = [begin(taker, one) for taker, one in enumerate(begun)]
+        try:
+            with counting(clock), closing(_reading(begun[0], clock, in_order)(handout.tiles)) as pixels:
+                handout.give(pixels)
+        except Exception as raised:
+            failed = raised
+        finally:
+            handout.end()
+    for end in ends:
+        error = end.exception()
+        if isinstance(error, ReadingEnded) and failed is not None:
+            yield failed
+        else:
+            yield error if isinstance(error, Exception) else end.result()
+
+
+def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | None]], in_order: bool) -> int:
+    """Infer, stage and mark a region whose tiles come from `read`; how many there were."""
+    job, spec, work, plan, region, clock = begun.job, begun.spec, begun.work, begun.plan, begun.region, begun.clock
     bad_tiles: list[Tile] = []
     on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
-    with closed_at_end(_predict(job, in_order)) as predict, counting(clock):
+    with closed_at_end(_predict(job, spec, in_order)) as predict, counting(clock):
         if spec.detections is not None:
             staged = work.stage_rows(region, detect_region(read, spec, spec.detections, plan, region, predict, on_bad))
         else:
             with closing(infer_region(read, spec, plan, region, predict, on_bad)) as bands:
                 staged = work.stage(region, bands)
+    # Batches are shared with other regions: a size too many is told rather than one too few.
+    model = _model(job)
+    sizes = sorted(model.sizes.answered() - begun.answered, reverse=True) or [model.sizes.now(job.batch_size)]
     counts = {
         "tiles": len(region.tiles),
         "bad_tiles": len(bad_tiles),
-        "seconds": round(time.time() - began, 6),
-        "began": began,
+        "seconds": round(time.time() - begun.began, 6),
+        "began": begun.began,
         "process": os.getpid(),
+        "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
         "stages": clock.seconds(),
     }
-    work.mark(region, staged, counts, _environment(job.device, job.threads), bad_tiles)
+    work.mark(region, staged, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
+    what = {"slide": job.slide_id, "model": spec.name, "region": region.index}
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
 
@@ -132,17 +245,18 @@ def _refuse_bad(tile: Tile) -> None:
 
 
 def _reading(
-    job: Job, spec: ModelSpec, plan: Plan, clock: Clock, in_order: bool
-) -> Callable[[NDArray[np.int32]], Iterator[Pixels | None]]:
+    begun: _Begun, clock: Clock, in_order: bool
+) -> Callable[[NDArray[np.int32]], Generator[Pixels | None, None, None]]:
     """What reads tiles of the job's slide: the neighbour, or threads of this process, or `in_order` the very one that asks."""
+    job, spec, grid = begun.job, begun.spec, begun.plan.grid
     if asker() is not None:
         return functools.partial(read_beside, job, spec, clock)
     slide = slide_worker.open_slide_of(job)
     pool = None if in_order else slide_worker.pool(job.readers)
-    return lambda tiles: read_tiles(slide, spec, plan.grid, tiles, pool, clock)
+    return lambda tiles: read_tiles(slide, spec, grid, tiles, pool, clock)
 
 
-def _model(job: Job) -> Model:
+def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
     with _kept.lock:
         if _kept.threads != job.threads:
             set_threads(job.threads or 1)  # one while it is measured how many there should be
@@ -151,8 +265,23 @@ def _model(job: Job) -> Model:
         if name not in _kept.models:
             model = load_model(job.model, job.device, job.precision, job.compile)
             slide_worker.cards[job.model] = model.spec
-            _kept.models[name] = pooled(model, job.heatmap_mpp)
+            _kept.models[name] = halving(pooled(model, job.heatmap_mpp))
         return _kept.models[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _InTurn:
+    """A model that waits until no other one of this process computes, as those with a predictor do."""
+
+    model: HalvingModel | QueuedHalvingModel
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        with _kept.device_lock:
+            return self.model(tiles, stains)
 
 
 @functools.cache
@@ -161,12 +290,13 @@ def _environment(device: str, threads: int) -> dict[str, str | int]:
     return environment(device)
 
 
-def _predict(job: Job, in_order: bool) -> Predict:
+def _predict(job: Job, spec: ModelSpec, in_order: bool) -> Predict:
     model = _model(job)
+    stain = asked(slide_worker.stain_of)(job) if spec.stain else None
     if in_order:
-        return functools.partial(predict_in_order, model, job.batch_size)
+        return functools.partial(predict_in_order, _InTurn(model), job.batch_size, stain=stain)
     with _kept.lock:
         name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp, job.batch_size)
         if name not in _kept.predictors:
             _kept.predictors[name] = Predictor(model, job.batch_size, _kept.device_lock)
-        return _kept.predictors[name].predict
+        return functools.partial(_kept.predictors[name].predict, stain=stain)

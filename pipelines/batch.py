@@ -23,7 +23,9 @@ from pathology.clock import total
 from pathology.durable import make_folders, output_faults
 from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError
 from pathology.events import emit
+from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
+from pathology.together import pixels_of
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs
 from pipelines.slides import SlideEntry
@@ -85,14 +87,14 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     todo.append(job)
                 else:
                     failed += 1
-                    report.outcome(before, specs[job.model].name)
+                    report.outcome(before, specs[job.model])
             outcomes = run(
                 todo, conduct.scheduler, devices=devices, dashboard=conduct.dashboard, progress=report.progress, stop=stop
             )
             for outcome in outcomes if todo else ():
-                name = specs[outcome.job.model].name
-                _keep(outcome, name, conduct.exports)
-                report.outcome(outcome, name)
+                spec = specs[outcome.job.model]
+                _keep(outcome, spec.name, conduct.exports)
+                report.outcome(outcome, spec)
                 failed += outcome.status in ("failed", "partial")
                 if conduct.max_failures is not None and failed > conduct.max_failures:
                     report.line(f"stopped: {failed} slides failed or partial, more than --max-failures {conduct.max_failures}")
@@ -134,7 +136,7 @@ class _Report:
     def __init__(self, jobs: int, log_format: Literal["text", "json"]) -> None:
         self._jobs = jobs
         self._ended = 0
-        self._times: list[dict[str, Any]] = []  # of slides computed in this run
+        self._times: dict[object, list[dict[str, Any]]] = {}  # of what was computed in this run, by what was read for it
         self._json = log_format == "json"
         self._bar = tqdm(total=0, unit="tile", disable=None if not self._json else True, smoothing=0.05, file=sys.stderr)
         self._describe()
@@ -154,12 +156,13 @@ class _Report:
         else:
             self.line(f"in place  {step.job.slide_id}  is read where it lies: {step.message}")
 
-    def outcome(self, outcome: Outcome, model_name: str) -> None:
+    def outcome(self, outcome: Outcome, spec: ModelSpec) -> None:
+        model_name = spec.name
         self._ended += 1
         self._describe()
         job, record = outcome.job, outcome.record
         if record is not None and not outcome.before and "time" in record:
-            self._times.append(record["time"])
+            self._times.setdefault((job.slide_id, *pixels_of(spec)), []).append(record["time"])
         if self._json:
             facts: dict[str, Any] = {
                 "event": "slide",
@@ -172,14 +175,15 @@ class _Report:
             if record is not None:
                 facts |= {"reason": record["reason"] or "", "message": record["message"]}
                 facts |= {name: record[name] for name in ("tiles", "bad_tiles", "tissue_mm2", "seconds")}
+                facts |= {"halved_to": record.get("halved_to")}
             self.line(json.dumps(facts))
         elif record is not None:
             before = "   done before" if outcome.before else ""
             tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2"
             damage = f"   {record['reason']}: {record['message']}" if record["reason"] else ""
-            self.line(
-                f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {record['seconds']:.1f} s{damage}{before}"
-            )
+            halved = f"   memory ran out: batches of {n} tiles" if (n := record.get("halved_to")) else ""
+            spent = f"{record['seconds']:.1f} s"
+            self.line(f"{outcome.status:<8}  {job.slide_id}  {model_name}   {tissue}   {spent}{halved}{damage}{before}")
         else:
             again = "   (failed before; --retry-failed tries again)" if outcome.before else ""
             self.line(f"failed    {job.slide_id}  {model_name}   {outcome.reason}: {outcome.message}{again}")
@@ -192,8 +196,8 @@ class _Report:
         self._bar.close()
 
     def end(self, out: Path, failed: int, seconds: float, devices: int) -> None:
-        stages = total(spent["stages"] for spent in self._times)
-        working_s = sum(spent["wall_s"] for spent in self._times)
+        stages = total(spent["stages"] for together in self._times.values() for spent in together)
+        working_s = sum(max(spent["wall_s"] for spent in together) for together in self._times.values())
         if self._json:
             facts = {"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}
             print(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))

@@ -12,20 +12,21 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
+from pathology.batch_size import choose_batch
 from pathology.batches import ReadPool, read_tiles
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
 from pathology.errors import UsageError
 from pathology.infer import infer_region
 from pathology.job import Job
-from pathology.model import Model, ModelSpec
+from pathology.model import Model, ModelSpec, answer
 from pathology.models import load_model
-from pathology.models.checks import made_up_tiles, warm_up
+from pathology.models.checks import made_up_batch, warm_up
 from pathology.plan import Plan, cut
 from pathology.predictor import Predictor
 from pathology.readers import open_slide
 from pathology.slide import Slide
-from pathology.slide_worker import plan_slide
+from pathology.slide_worker import plan_slide, stain_of
 from pathology.threads import split_threads
 from pipelines.bottleneck import bottleneck
 
@@ -61,23 +62,25 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
     with open_slide(job.slide, job.slide_mpp, force=job.force, reader=job.reader, fast_decode=job.fast_decode) as slide:
         set_threads(1)
         model = load_model(job.model, job.device, job.precision, job.compile)
-        warm_up(model, job.batch_size)
+        batch_size = job.batch_size or choose_batch(model, job.device, job.threads or cores, job.memory)
+        warm_up(model, batch_size)
         _, plan = plan_slide(job, slide, model.spec)
         if not len(plan.tiles):
             raise UsageError("the slide has no tissue to measure on; give another --slide, or --tissue none")
         plan = _first(plan, most_tiles)
         read_s = _reading(slide, job, model.spec, plan)
-        model_s = _seconds_each(model, job.batch_size)
+        model_s = _seconds_each(model, batch_size)
         split = split_threads(cores, read_s, model_s, job.threads)
         on_cpu = job.device == "cpu"
         set_threads(split.threads if on_cpu else 1)
         readers = job.readers or (split.readers if on_cpu else cores)
         clock, began = Clock(), time.perf_counter()
-        predictor = Predictor(model, job.batch_size)
+        predictor = Predictor(model, batch_size)
+        predict = functools.partial(predictor.predict, stain=stain_of(job))
         with closing(predictor), closing(ReadPool(readers)) as pool, counting(clock):
             read = functools.partial(read_tiles, slide, model.spec, plan.grid, pool=pool, clock=clock)
             for region in plan.regions:
-                for _ in infer_region(read, model.spec, plan, region, predictor.predict, lambda _: None):
+                for _ in infer_region(read, model.spec, plan, region, predict, lambda _: None):
                     pass
         seconds = time.perf_counter() - began
     tiles = plan.forward_passes
@@ -132,10 +135,10 @@ def _reading(slide: Slide, job: Job, spec: ModelSpec, plan: Plan) -> float:
 
 def _seconds_each(model: Model, batch_size: int) -> float:
     """Seconds a tile of the model alone: the best of several calls, as many as fit."""
-    tiles = made_up_tiles(batch_size, model.spec.input_px)
+    batch = made_up_batch(model.spec, batch_size)
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < MODEL_S or best == float("inf"):
         start = time.perf_counter()
-        model(tiles)
+        answer(model, *batch)
         best = min(best, time.perf_counter() - start)
     return best / batch_size

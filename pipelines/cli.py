@@ -51,6 +51,19 @@ class Bytes(click.ParamType[int]):
         return int(float(match[1]) * 1024 ** " kMGT".index(match[2].replace("K", "k") or " "))
 
 
+class BatchSize(click.ParamType[int | None]):
+    """A number of tiles, or auto, which is None."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
+        if value == "auto":
+            return None
+        if not re.fullmatch(r"\d+", str(value)) or not int(value):
+            self.fail(f"{value!r} is no batch size; use a number from 1, or auto", param, context)
+        return int(value)
+
+
 def reader_options() -> list[Callable[[Command], Command]]:
     """Options that decide which pixels a slide has."""
     return [
@@ -115,7 +128,13 @@ def job_options(command: Command) -> Command:
             show_default=True,
             help="How dense maps are stored; auto: probabilities as uint8 in steps of 1/254, values as float32.",
         ),
-        click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call."),
+        click.option(
+            "--batch-size",
+            type=BatchSize(),
+            default=32,
+            show_default=True,
+            help="Tiles per model call; auto: as many as make it quick and fit into memory, found by trying.",
+        ),
         click.option("--num-workers", type=int, help="Threads that read tiles, for each device.  [default: measured]"),
         click.option(
             "--memory",
@@ -203,7 +222,9 @@ def run(
 
         prestart()
     from pipelines.batch import Conduct, run_batch
+    from pipelines.fetch import require_fetched
 
+    require_fetched(models)
     conduct = Conduct(
         scheduler=scheduler,
         dashboard=dashboard,
@@ -239,7 +260,9 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
     """
     from pipelines.check import COLUMNS, facts, row, table
     from pipelines.check import check as verdicts
+    from pipelines.fetch import require_fetched
 
+    require_fetched(models)
     settings = _settings(**options, out=Path("out"))
     rows: list[tuple[str, ...]] = [COLUMNS]
     fails = 0
@@ -286,7 +309,7 @@ def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json:
 @click.option("--slide-mpp", type=float, help="Its resolution in um per px, where the file is silent or wrong.")
 @click.option("--tiles", type=int, default=1000, show_default=True, help="Measure on so many tiles.")
 @click.option("--overlap", type=float, default=0.0, show_default=True, help="As in run.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Tiles per model call.")
+@click.option("--batch-size", type=BatchSize(), default=32, show_default=True, help="Tiles per model call, or auto.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16", "auto"]), default="fp32", show_default=True)
 @click.option("--threads", type=int, help="Torch threads on the CPU.  [default: measured]")

@@ -42,6 +42,8 @@ def compare(model: Model, folder: Path, expected: Path) -> list[Difference]:
     spec = model.spec
     if spec.output_px != 1:
         raise UsageError(f"model {spec.name} answers maps; tiles can be compared for models with a score per tile and class")
+    if spec.stain:
+        raise UsageError(f"model {spec.name} takes the stains of a whole slide, which tiles do not show; compare heatmaps")
     names, wanted = _read_table(expected, spec)
     tiles = (_read_tile(folder / name, spec) for name in names)
     try:

@@ -29,7 +29,7 @@ class Settings:
     heatmap_mpp: float | None = None
     heatmap_dtype: Dtype | Literal["auto"] = "auto"
     device: str = "auto"
-    batch_size: int = 32
+    batch_size: int | None = 32
     readers: int | None = None
     reader: ReaderName = "auto"
     fast_decode: bool = False
@@ -85,7 +85,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             heatmap_mpp=settings.heatmap_mpp,
             heatmap_dtype=settings.heatmap_dtype,
             device=device,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 0,
             threads=settings.threads or 0,
             readers=settings.readers or 0,
             reader=settings.reader,

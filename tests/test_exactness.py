@@ -360,7 +360,7 @@ def test_a_regions_memory_follows_its_width_and_stays_within_the_bound(tmp_path:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        return peak, memory_bound(plan, model.spec, batch_size=2, readers=1, regions=1)
+        return peak, memory_bound([(plan, model.spec, 2)], readers=1, regions=1)
 
     (low, low_bound), (high, high_bound) = peak_and_bound(1024), peak_and_bound(4096)
     assert low_bound == high_bound

@@ -21,6 +21,7 @@ from pathology.errors import EnvironmentFault, ModelError, UsageError
 from pathology.model import Model, ModelSpec, QueuedModel
 from pathology.models import pieces
 from pathology.models.fold import folded
+from pathology.models.halving import QueuedHalvingModel, halving
 from pathology.models.network import QueuedNetwork, TorchNetwork, halve
 
 SIDE, CLASSES = 24, 3
@@ -595,3 +596,38 @@ def test_another_batch_size_waits_for_the_old_slots(net: Net) -> None:
     )
     assert queues.log[:3] == ["upload", "compute", "download"]
     assert first.result().shape == (4, CLASSES, 1, 1)
+
+
+def test_a_device_that_fills_up_is_asked_for_less(net: Net) -> None:
+    class Filling(nn.Module):
+        """Finds memory for a first batch of any size, and for no more than two tiles after it."""
+
+        def __init__(self, loaded: nn.Module) -> None:
+            super().__init__()
+            self.net = loaded
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            if len(sizes) > 1 and len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            answer: torch.Tensor = self.net(x)
+            return answer
+
+    sizes: list[int] = []
+    device = OnFakeDevice(copy.deepcopy(net))
+    device._network = Filling(device._network)  # once it is loaded, with its norms folded
+    queues = FakeQueues(eager=("upload", "compute"))
+    model = halving(QueuedNetwork(device, queues))
+    assert isinstance(model, QueuedHalvingModel)
+    arrays = [model.staging(5) for _ in range(3)]
+    for number, array in enumerate(arrays):
+        array[...] = noise(5, number)
+    answers = [model.submit(array) for array in arrays]
+    plain = TorchNetwork(spec(), net, mean=MEAN, std=STD, activation="softmax")
+    assert sizes == [5, 5, 2, 2, 2, 2, 2, 2]
+    np.testing.assert_array_equal(answers[0].result(), plain(noise(5, 0)))
+    for number in (1, 2):
+        padded = np.concatenate([noise(5, number), np.zeros((1, SIDE, SIDE, 3), np.uint8)])
+        by_twos = np.concatenate([plain(padded[first : first + 2]) for first in (0, 2, 4)])
+        np.testing.assert_array_equal(answers[number].result(), by_twos[:5])
+    assert model.sizes.answered() == {5: 1, 2: 2}

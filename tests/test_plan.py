@@ -117,7 +117,7 @@ def test_no_tissue_is_a_plan_without_regions() -> None:
     tissue = TissueMask(np.zeros((4, 4), bool), (16.0, 16.0), 0.5, (64, 64))
     plan = make_plan(TileGrid((64, 64), 0.5, 0.5, 32, 32), constant(tile_px=32).spec, tissue, min_tissue=0.1)
     assert (plan.regions, plan.forward_passes, plan.recompute_share) == ((), 0, 0.0)
-    assert memory_bound(plan, constant(tile_px=32).spec, batch_size=1, readers=1) > 0
+    assert memory_bound([(plan, constant(tile_px=32).spec, 1)], readers=1) > 0
 
 
 @pytest.mark.parametrize("min_tissue", [-0.1, 1.1, float("nan")])
@@ -162,7 +162,7 @@ def test_at_half_overlap_few_tiles_are_computed_twice(tile_px: int, classes: int
         assert plan.forward_passes <= 1.1 * len(plan.tiles)
         assert (1 + 1 / plan.block[0]) * (1 + 1 / plan.block[1]) <= 1.1, "wherever the slide's edges lie"
         assert max(len(region.tiles) for region in plan.regions) <= 1200, "too much hangs on one retry"
-        assert memory_bound(plan, spec, batch_size=1, readers=1) <= MEMORY_BYTES
+        assert memory_bound([(plan, spec, 1)], readers=1) <= MEMORY_BYTES
 
 
 @pytest.mark.parametrize("classes", [1, 4, 40])
@@ -174,7 +174,7 @@ def test_a_regions_canvas_takes_its_share_of_memory_and_no_more(classes: int, st
     grid = TileGrid((200_000, 200_000), 0.5, 0.5, 512, stride_px)
     before = 0
     for memory in (2**28, 2**30, 2**34):
-        rows, cols = choose_block(grid, spec, memory)
+        rows, cols = choose_block(grid, (spec,), memory)
         assert cols == 1 or canvas_bytes(classes, 512, stride_px, cols * stride_px) <= memory * CANVAS_SHARE
         assert before <= cols <= rows
         before = cols
@@ -183,8 +183,8 @@ def test_a_regions_canvas_takes_its_share_of_memory_and_no_more(classes: int, st
 
 def test_a_narrow_slide_has_tall_regions() -> None:
     spec = constant(tile_px=64, output_px=64).spec
-    assert choose_block(TileGrid((100_000, 200), 0.5, 0.5, 64, 32), spec, MEMORY_BYTES) == (146, 7)
+    assert choose_block(TileGrid((100_000, 200), 0.5, 0.5, 64, 32), (spec,), MEMORY_BYTES) == (146, 7)
 
 
 def test_a_classifiers_regions_are_square_whatever_the_memory() -> None:
-    assert choose_block(TileGrid((100_000, 200), 0.5, 0.5, 64, 8), constant(tile_px=64).spec, 1) == (BLOCK, BLOCK)
+    assert choose_block(TileGrid((100_000, 200), 0.5, 0.5, 64, 8), (constant(tile_px=64).spec,), 1) == (BLOCK, BLOCK)

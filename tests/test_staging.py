@@ -81,15 +81,15 @@ def test_a_staged_run_leaves_the_slides_alone_and_gives_the_same_bytes(
     assert command(folder, "--out", tmp_path / "plain").exit_code == 1
     prepare, read = slide_worker.prepare, []
 
-    def prepare_without_originals(job: Job) -> slide_worker.Prepared:
+    def prepare_without_originals(job: Job, together: tuple[Job, ...]) -> slide_worker.Prepared:
         if job.stage is None:
             assert "cut" in job.slide
-            return prepare(job)
+            return prepare(job, together)
         # No read of the original can succeed from here on.
         for path in Path(job.slide).parent.glob("*.dcm" if "dcm" in job.slide else Path(job.slide).name):
             path.rename(path.with_suffix(".hidden"))
         read.append(job.slide_id)
-        return prepare(job)
+        return prepare(job, together)
 
     monkeypatch.setattr(slide_worker, "prepare", prepare_without_originals)
     done = command(folder, "--out", tmp_path / "staged", "--stage", tmp_path / "disk")
@@ -294,9 +294,9 @@ def test_a_copy_that_is_lost_is_said_and_the_slide_read_in_place(
 ) -> None:
     prepare = slide_worker.prepare
 
-    def swept(job: Job) -> slide_worker.Prepared:
+    def swept(job: Job, together: tuple[Job, ...]) -> slide_worker.Prepared:
         shutil.rmtree(Path(job.stage or ""))
-        return prepare(job)
+        return prepare(job, together)
 
     monkeypatch.setattr(slide_worker, "prepare", swept)
     assert command(folder / "a.svs", "--out", tmp_path / "out", "--stage", tmp_path / "disk").exit_code == 0

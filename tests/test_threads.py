@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pathology import Job, worker
+from pathology import Job, slide_worker, worker
 from pathology.finish import read_record
 from pathology.process import Kind
 from pathology.runner import _Window, run
@@ -138,9 +138,40 @@ def test_a_run_measures_once_and_a_resumed_one_keeps_the_torch_threads(
     monkeypatch.setattr(worker, "measure_model", made_up)
     monkeypatch.setattr(worker, "core_count", lambda: 2)
     first = worker.divide_cores((job,))
-    assert first == Split(readers=2, threads=1)
+    assert first == (Split(readers=2, threads=1),)
     assert worker.divide_cores((job,)) == first
     assert measured == [0.0, 1e6]
+
+
+def test_models_that_read_alike_divide_the_cores_together(
+    reference_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(reference_job, out=str(tmp_path), threads=0, readers=0)
+    other = replace(job, model="pathology.testing:constant?tile_px=32&mpp=0.5")
+    third = replace(job, model="pathology.testing:mean_colour?tile_px=32&mpp=0.5")
+    monkeypatch.setattr(worker, "measure_model", lambda *_: 1.5)
+    monkeypatch.setattr(worker, "core_count", lambda: 16)
+    monkeypatch.setattr(slide_worker, "seconds_to_read", lambda jobs: 1.0)
+    assert split_threads(16, 1.0, 3.0) == Split(readers=4, threads=12)
+    assert worker.divide_cores((job, other, job)) == (Split(readers=4, threads=12),) * 3
+    assert worker.divide_cores((job,)) == (Split(readers=4, threads=12),), "a resumed model keeps its own"
+    assert worker.divide_cores((third, job)) == (Split(readers=4, threads=12),) * 2, "a new one takes those of the others"
+    assert worker.divide_cores((replace(third, out=str(tmp_path / "else")),)) == (split_threads(16, 1.0, 1.5),)
+
+
+def test_models_that_kept_different_threads_go_on_with_them(
+    reference_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "core_count", lambda: 4)
+    job = replace(reference_job, out=str(tmp_path), threads=0, readers=0)
+    other = replace(job, model="pathology.testing:constant?tile_px=32&mpp=0.5")
+    monkeypatch.setattr(worker, "measure_model", lambda *_: 0.0)
+    worker.divide_cores((job,))
+    monkeypatch.setattr(worker, "measure_model", lambda *_: 1e6)
+    worker.divide_cores((other,))
+    outcomes = list(run([job, other], "sync"))
+    assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
+    assert {outcome.job.model: outcome.job.threads for outcome in outcomes} == {job.model: 1, other.model: 4}
 
 
 def test_jobs_are_run_with_the_threads_that_were_measured(

@@ -1,7 +1,8 @@
 """From a model's reference to a model. Promise: a card (`load_spec`) costs no import of torch, except by a user's own factory.
 
-A reference is, in this order: a built-in's name, a name in the local registry, a model folder (with a card, or WSInfer's), or a
-Python factory `package.module:factory`. Built-ins and factories take arguments: `nuclei-density?tile_px=224`.
+A reference is, in this order: a folder of timm's, `local-dir:PATH` or `hf-hub:ORG/NAME`; a built-in's name; a name in the
+local registry; a model folder (with a card, or WSInfer's); or a Python factory `package.module:factory`. Timm's folders,
+built-ins and factories take arguments: `nuclei-density?tile_px=224`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathology.errors import ModelError
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models import folder as folders
-from pathology.models import nuclei, python, wsinfer
+from pathology.models import nuclei, python, timm_folder, wsinfer
 from pathology.models.card import CARD, read_card
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import Entry, entries, register, trust_file
@@ -29,6 +30,8 @@ def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", com
         from pathology.device import set_exact
 
         set_exact()
+    if timm_folder.is_source(ref):
+        return timm_folder.load(*parse_ref(ref), device, precision, compile)
     if folder := _folder(ref):
         load = folders.load if _has_card(folder) else wsinfer.load
         return load(folder, device, precision, compile)
@@ -40,6 +43,8 @@ def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", com
 
 def is_network(ref: str) -> bool:
     """Whether `ref` names a torch network, which can be asked for a precision. ModelError where it is nothing known."""
+    if timm_folder.is_source(ref):
+        return True
     if folder := _folder(ref):
         return not _has_card(folder) or read_card(folder).weights.format != "onnx"
     name = parse_ref(ref)[0]
@@ -48,6 +53,8 @@ def is_network(ref: str) -> bool:
 
 def load_spec(ref: str) -> ModelSpec:
     """The card of the model that `ref` names, without loading weights. ModelError as for `load_model`, trust included."""
+    if timm_folder.is_source(ref):
+        return timm_folder.load_spec(*parse_ref(ref))
     if folder := _folder(ref):
         return folders.load_spec(folder) if _has_card(folder) else wsinfer.load_spec(folder)
     name, arguments = parse_ref(ref)
@@ -72,8 +79,9 @@ def add_model(path: str | Path, trust: str | None = None, name: str | None = Non
             raise ModelError(f"{folder} has no {wsinfer.WEIGHTS}; fetch the whole model folder")
         return trust_file(folder / wsinfer.WEIGHTS, "wsinfer", trust, name)
     card = read_card(folder)
-    if not (folder / card.weights.file).is_file():
-        raise ModelError(f"{folder} has no {card.weights.file}; fetch the whole model folder")
+    for file in filter(None, (card.weights.file, card.weights.data)):
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder} has no {file}; fetch the whole model folder")
     if (risky := folders.runs_code(folder, card)) is not None:
         return trust_file(risky[0], card.weights.format, trust, name)
     return register(folder, card.weights.format, card.spec.sha256, name)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,13 +39,18 @@ Format = Literal["safetensors", "onnx", "torchscript", "pt2"]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A card's weights: their file in its folder, hashed, and for safetensors what network they belong to."""
+    """A card's weights: their file in its folder, hashed, and for safetensors what network they belong to.
+
+    data  of ONNX: a second file, where weights lie outside the graph
+    """
 
     format: Format
     file: str
     sha256: str
     architecture: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,7 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         margin_px=answer.get("margin_px", 0) if kind == "map" else 0,
         features=answer.get("features", 0),
         detections=_detections(answer) if kind == "detections" else None,
+        stain=given.get("stain", ""),
         read=ReadRule(given.get("level", "best"), given.get("margin", True), given.get("filter", "area")),
     )
     return Card(
@@ -142,7 +149,7 @@ def _refusal(content: Mapping[str, Any]) -> str:
     try:
         _validate()(content)
     except fastjsonschema.JsonSchemaException as error:
-        return str(error).replace("data.", "", 1).replace("data ", "the card ", 1)
+        return re.sub("^data ", "the card ", str(error).removeprefix("data."))
     given, answer = content["input"], content["output"]
     classes = answer.get("classes", [])
     numbers = (*given.get("mean", ()), *given.get("std", ()), *answer.get("display", ()))
@@ -151,6 +158,8 @@ def _refusal(content: Mapping[str, Any]) -> str:
     colors = [c for c in classes if "color" in c]
     if colors and len(colors) < len(classes):
         return "some of output.classes have a color and some have none"
+    if given.get("stain") == "eosin-haematoxylin-od" and given.get("channels", "rgb") != "rgb":
+        return "input.channels is the order of colours, and eosin, haematoxylin and optical density are none; leave it out"
     for name, kinds in KINDS.items():
         if name in answer and answer["kind"] not in kinds:
             return f"output.{name} is for kind {' and '.join(kinds)}"

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.errors import ModelError, PathologyError, one_line
-from pathology.model import Model, ModelSpec
+from pathology.model import Model, ModelSpec, answer
+from pathology.stain import made_up_stains
 
 
 def check_scores(spec: ModelSpec, batch: int, scores: object) -> None:
@@ -55,7 +56,7 @@ def warm_up(model: Model, batch_size: int) -> None:
     """
     spec = model.spec
     try:
-        scores = model(made_up_tiles(batch_size, spec.input_px))
+        scores = answer(model, *made_up_batch(spec, batch_size))
     except PathologyError:
         raise
     except Exception as error:  # a model's own code
@@ -68,6 +69,11 @@ def warm_up(model: Model, batch_size: int) -> None:
             f"model {spec.name} answered {scores.min():g} to {scores.max():g}, but its card says probabilities; "
             'apply its activation, or state scores="value"'
         )
+
+
+def made_up_batch(spec: ModelSpec, count: int) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+    """Made-up tiles for a model, and the stains of a reference slide where it takes such."""
+    return made_up_tiles(count, spec.input_px), made_up_stains(spec.stain, count) if spec.stain else None
 
 
 def made_up_tiles(count: int, side: int) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pathology.errors import ModelError, one_line
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
+from pathology.models import timm_folder
 from pathology.models.card import CARD, Card, Weights, read_card
 from pathology.models.network import TorchNetwork, on_its_device
 from pathology.models.onnx import onnx_module
@@ -61,7 +62,7 @@ def runs_code(folder: Path, card: Card) -> tuple[Path, str] | None:
     """The file in `folder` that has a say in what code runs when it is loaded, with its sha256; None where none has."""
     if card.weights.format in ("torchscript", "pt2"):
         return folder / card.weights.file, card.weights.sha256
-    if card.weights.format == "safetensors" and not _is_network_class(card.weights.architecture):
+    if card.weights.format == "safetensors" and not _is_network(card.weights.architecture):
         # A card could name any function, and any arguments.
         return folder / CARD, card.sha256
     return None
@@ -83,6 +84,8 @@ def build(weights: Weights) -> torch.nn.Module:
     """The network of a card's architecture, with weights of its own making. ModelError where that fails."""
     import torch
 
+    if weights.architecture == timm_folder.FACTORY:
+        return timm_folder.make(weights.arguments)
     factory = architecture(weights.architecture)
     try:
         network = factory(**weights.arguments)
@@ -101,7 +104,8 @@ def _network(folder: Path, card: Card, device: str) -> torch.nn.Module:
     weights = card.weights
     data, name = read_weights(folder / weights.file, weights.sha256), f"{weights.file} of model {card.spec.name}"
     if weights.format == "onnx":
-        return onnx_module(data, name)
+        beside = {weights.data: read_weights(folder / weights.data, weights.data_sha256)} if weights.data else {}
+        return onnx_module(data, name, beside)
     if weights.format == "safetensors":
         state = read_safetensors(data, name)
         check_finite(state, name)
@@ -136,9 +140,12 @@ def _exported(program: torch.export.ExportedProgram, device: str) -> torch.nn.Mo
     return Exported()
 
 
-def _is_network_class(name: str) -> bool:
+def _is_network(name: str) -> bool:
+    """Whether `name` stands for networks and nothing else: a class of them, or timm's by their names."""
     import torch
 
+    if name == timm_folder.FACTORY:
+        return True
     found = architecture(name)
     return isinstance(found, type) and issubclass(found, torch.nn.Module)
 

@@ -2,7 +2,7 @@
 
 Promise: in fp32 the scores are those of `(tile - 255 * mean) / (255 * std)` in float32 given to the network as NCHW, then its
 activation in float32, with the bits of `folded` and of batches as large as `piece_tiles`. Every model that is a torch
-network runs through here, whatever format it was stored in.
+network runs through here, whatever format it was stored in. Where the card names a stain input, `tile` is the stained tile.
 
 The tiles stay NHWC in memory. Seen as NCHW that is torch's channels_last, which convolutions like best; making it
 contiguous would only cost a copy.
@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.device import CudaQueues, Mark, Queues, check_precision
-from pathology.errors import EnvironmentFault, ModelError
+from pathology.errors import ModelError, OutOfMemory
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 from pathology.models.fold import folded
 from pathology.models.objects import Form, object_rows
 from pathology.models.pieces import Crew, piece_tiles, twin
+from pathology.models.stained import Stainer
+from pathology.stain import PARAMETERS
 
 if TYPE_CHECKING:
     import torch
@@ -91,23 +93,30 @@ class TorchNetwork:
             self._shift, self._scale = self._shift.repeat(spec.input_px), self._scale.repeat(spec.input_px)
         else:
             self._shift, self._scale = (v.to(self.device).view(1, 3, 1, 1) for v in (self._shift, self._scale))
+        self._stainer = Stainer(spec.stain, self.device) if spec.stain else None
         self._crew = Crew()
         self._copying = threading.Lock()
         self._own = threading.local()
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`."""
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`.
+
+        stains  (B, `stain.PARAMETERS`) float32 where the card names a stain input
+        """
         import torch
 
         if self.device.type != "cpu":
             with torch.inference_mode():
-                return _array(self.scores(torch.from_numpy(tiles).to(self.device)).cpu())
+                colours = None if stains is None else torch.from_numpy(stains).to(self.device)
+                return _array(self.scores(torch.from_numpy(tiles).to(self.device), colours).cpu())
         size = piece_tiles(len(tiles), self.spec.input_px)
         scores = np.empty(self.spec.answer_shape(len(tiles)), np.float32)
 
         def compute(first: int) -> None:
+            piece = slice(first, first + size)
             with torch.inference_mode():
-                scores[first : first + size] = self._forward(self._normalised(tiles[first : first + size])).numpy()
+                batch = self._normalised(tiles[piece], None if stains is None else stains[piece])
+                scores[piece] = self._forward(batch).numpy()
 
         firsts = range(0, len(tiles), size)
         self._crew.run(compute, firsts, self._alone)
@@ -118,14 +127,20 @@ class TorchNetwork:
         self._pool *= self.spec.output_px // spec.output_px
         self.spec = spec
 
-    def scores(self, tiles: torch.Tensor) -> torch.Tensor:
+    def scores(self, tiles: torch.Tensor, stains: torch.Tensor | None = None) -> torch.Tensor:
         """(B, S, S, 3) uint8 on the device -> float32 of `spec.answer_shape(B)` there; for any device but the CPU."""
         import torch
 
         with torch.inference_mode():
-            return self._forward(tiles.permute(0, 3, 1, 2).to(torch.float32).sub_(self._shift).div_(self._scale))
+            colours = self._stained(tiles, stains) if self._stainer else tiles.to(torch.float32)
+            return self._forward(colours.permute(0, 3, 1, 2).sub_(self._shift).div_(self._scale))
 
-    def _normalised(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
+    def _stained(self, tiles: torch.Tensor, stains: torch.Tensor | None) -> torch.Tensor:
+        if self._stainer is None or stains is None:
+            raise ModelError(f"model {self.spec.name} takes tiles stained as {self.spec.stain}, and was given no stains")
+        return self._stainer(tiles, stains)
+
+    def _normalised(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None) -> torch.Tensor:
         """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, in a buffer of this thread that its next call writes over.
 
         In place, three passes over a piece that stays in the cache: 0.17 ms a 224-px tile on one core, 0.65 ms with new memory,
@@ -133,6 +148,10 @@ class TorchNetwork:
         """
         import torch
 
+        if self._stainer:
+            stained = self._stained(torch.from_numpy(tiles), None if stains is None else torch.from_numpy(stains))
+            stained.view(len(tiles), tiles.shape[1], -1).sub_(self._shift).div_(self._scale)
+            return stained.permute(0, 3, 1, 2)
         normal: torch.Tensor | None = getattr(self._own, "normal", None)
         if normal is None or normal.shape != tiles.shape:
             normal = self._own.normal = torch.empty(tiles.shape, dtype=torch.float32)
@@ -149,7 +168,7 @@ class TorchNetwork:
             with self._autocast(), self._as_it_is():
                 logits = self._network_here()(batch)
         except torch.OutOfMemoryError as error:
-            raise EnvironmentFault(
+            raise OutOfMemory(
                 f"model {self.spec.name}: {self.device} has no memory for a batch of {len(batch)} tiles; "
                 "use a smaller --batch-size"
             ) from error
@@ -232,9 +251,9 @@ class QueuedNetwork:
         self._network.pool(spec)
         self.spec = spec
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """(B, input_px, input_px, 3) uint8 RGB -> float32 of `spec.answer_shape(B)`, waited for."""
-        return self.submit(tiles).result()
+        return self.submit(tiles, stains).result()
 
     def staging(self, batch_size: int) -> NDArray[np.uint8]:
         """(batch_size, input_px, input_px, 3) uint8 zeros that the device can fetch by itself."""
@@ -242,8 +261,8 @@ class QueuedNetwork:
         array: NDArray[np.uint8] = self._queues.pinned((batch_size, side, side, 3), "uint8").zero_().numpy()
         return array
 
-    def submit(self, tiles: NDArray[np.uint8]) -> Download:
-        """Enqueue a batch. `tiles` must stay as they are until the result has been taken; from one thread at a time."""
+    def submit(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> Download:
+        """Enqueue a batch. It must stay as it is until the result has been taken; from one thread at a time."""
         import torch
 
         upload, compute, download = self._queues.upload, self._queues.compute, self._queues.download
@@ -251,12 +270,17 @@ class QueuedNetwork:
         source = torch.from_numpy(tiles)
         answer = self._queues.pinned(self.spec.answer_shape(len(tiles)), "float32")
 
+        def fetch() -> None:
+            slot.tiles.copy_(source, non_blocking=True)
+            if slot.stains is not None and stains is not None:  # a few numbers a tile, taken over before this returns
+                slot.stains.copy_(torch.from_numpy(stains), non_blocking=True)
+
         def forward() -> None:
-            slot.scores = self._network.scores(slot.tiles).contiguous()
+            slot.scores = self._network.scores(slot.tiles, slot.stains).contiguous()
 
         if slot.computed is not None:
             upload.after(slot.computed)
-        upload.run(lambda: slot.tiles.copy_(source, non_blocking=True))
+        upload.run(fetch)
         compute.after(upload.mark())
         if slot.downloaded is not None:
             compute.after(slot.downloaded)  # the scores before these, whose memory is let go of
@@ -273,16 +297,20 @@ class QueuedNetwork:
             for slot in self._slots:
                 if slot.downloaded is not None:
                     slot.downloaded.synchronize()
-            self._slots = [_Slot(self._queues.memory(shape, "uint8")) for _ in range(SLOTS)]
+            self._slots = [_Slot(self._queues.memory(shape, "uint8"), self._stains(shape[0])) for _ in range(SLOTS)]
         self._count += 1
         return self._slots[self._count % SLOTS]
+
+    def _stains(self, batch_size: int) -> torch.Tensor | None:
+        return self._queues.memory((batch_size, PARAMETERS), "float32") if self.spec.stain else None
 
 
 class _Slot:
     """Device memory of one batch on its way, and the marks after which it may be used again."""
 
-    def __init__(self, tiles: torch.Tensor) -> None:
+    def __init__(self, tiles: torch.Tensor, stains: torch.Tensor | None) -> None:
         self.tiles = tiles
+        self.stains = stains
         self.scores: Any = None
         self.computed: Mark | None = None
         self.downloaded: Mark | None = None

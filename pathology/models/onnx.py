@@ -1,10 +1,11 @@
 """ONNX networks as torch modules, computed by onnxruntime. The only import of onnxruntime.
 
-Promise: nothing in the file is executed but its graph of known operators; files beside it are not read.
+Promise: nothing in the file is executed but its graph of known operators; no file beside it is read but what is handed in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def onnx_module(data: bytes, name: str) -> torch.nn.Module:
+def onnx_module(data: bytes, name: str, beside: Mapping[str, bytes] | None = None) -> torch.nn.Module:
     """The network in `data` on the CPU, from (B, 3, H, W) float32 to its one answer. ModelError where it is none such.
+
+    beside  weights that lie outside the graph, by the name of their file
 
     It computes on the thread that calls it. A graph made for batches of a fixed size is given such, the last one padded.
     """
@@ -31,6 +34,13 @@ def onnx_module(data: bytes, name: str) -> torch.nn.Module:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # pieces of a batch are computed side by side as it is
     options.log_severity_level = 3
+    if beside:
+        if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+            raise ModelError(
+                f"{name} keeps weights in a second file, which onnxruntime {onnxruntime.__version__} cannot take; update it"
+            )
+        contents = list(beside.values())
+        options.add_external_initializers_from_files_in_memory(list(beside), contents, [len(content) for content in contents])
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for each way to fail

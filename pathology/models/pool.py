@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.errors import UsageError
-from pathology.model import Answer, Model, ModelSpec, QueuedModel
+from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 
 
 @runtime_checkable
@@ -60,8 +60,8 @@ class PooledModel:
     spec: ModelSpec
     inner: Model
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return _means(self.inner(tiles), self.spec.output_px)
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return _means(answer(self.inner, tiles, stains), self.spec.output_px)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,14 @@ class PooledQueuedModel:
     spec: ModelSpec
     inner: QueuedModel
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return _means(self.inner(tiles), self.spec.output_px)
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return _means(answer(self.inner, tiles, stains), self.spec.output_px)
 
     def staging(self, batch_size: int) -> NDArray[np.uint8]:
         return self.inner.staging(batch_size)
 
-    def submit(self, tiles: NDArray[np.uint8]) -> Answer:
-        return _PooledAnswer(self.inner.submit(tiles), self.spec.output_px)
+    def submit(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> Answer:
+        return _PooledAnswer(begin(self.inner, tiles, stains), self.spec.output_px)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pathology.errors import ModelError, PathologyError
 from pathology.job import Precision
-from pathology.model import Answer, Model, ModelSpec, QueuedModel
+from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.refs import Argument, call, imported
 
 
@@ -34,8 +34,8 @@ class PythonModel:
     spec: ModelSpec
     inner: Model
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.inner(tiles)
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return answer(self.inner, tiles, stains)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class QueuedPythonModel:
     spec: ModelSpec
     inner: QueuedModel
 
-    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.inner(tiles)
+    def __call__(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return answer(self.inner, tiles, stains)
 
     def staging(self, batch_size: int) -> NDArray[np.uint8]:
         return self.inner.staging(batch_size)
 
-    def submit(self, tiles: NDArray[np.uint8]) -> Answer:
-        return self.inner.submit(tiles)
+    def submit(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None = None) -> Answer:
+        return begin(self.inner, tiles, stains)
 
 
 def is_factory(name: str) -> bool:

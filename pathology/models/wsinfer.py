@@ -71,6 +71,10 @@ def read_card(folder: Path) -> Card:
         raise _wrong(folder, "it is no JSON", "fetch it again") from error
     if not isinstance(config, dict):
         raise _wrong(folder, "it is no JSON object", "fetch it again")
+    if "spec_version" not in config and "architecture" in config and "spacing_um_px" not in config:
+        raise ModelError(
+            f"{folder} looks like a folder of timm's; name it as local-dir:{folder}?mpp=0.5, with the mpp it is for"
+        )
     for key in (
         "spec_version",
         "architecture",

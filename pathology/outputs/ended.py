@@ -14,6 +14,7 @@ from pathology.geometry import Box
 from pathology.model import ModelSpec
 from pathology.plan import Plan
 from pathology.slide import Slide
+from pathology.stain import Stains
 from pathology.work import Work
 
 if TYPE_CHECKING:  # they bring zarr, which a run's driver has no use for
@@ -29,6 +30,7 @@ class Ended:
 
     bad_tiles  (m, 2) int32 row, col of the plan's tiles that could not be read
     dtype      of a dense map's store
+    stains     of the slide, where the model took them
     """
 
     work: Work
@@ -37,6 +39,7 @@ class Ended:
     spec: ModelSpec
     bad_tiles: NDArray[np.int32]
     dtype: Dtype | Literal["auto"] = "auto"
+    stains: Stains | None = None
 
     @property
     def answered(self) -> NDArray[np.bool_]:
@@ -51,6 +54,8 @@ class Ended:
         from pathology.store import HeatmapMeta
 
         grid, provenance = self.plan.grid, {"key": self.work.key, "fields": self.work.fields}
+        if self.stains is not None:
+            provenance["stain"] = self.stains.record()
         encoding = choose_encoding(self.spec, self.dtype)
         return HeatmapMeta(
             self.plan.frame, spec, grid.tile_px, grid.stride_px, self.slide.info.fingerprint, provenance, encoding
