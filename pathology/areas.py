@@ -216,6 +216,9 @@ def _state(path: Path) -> os.stat_result:
     """What the file system says of a file that can be read: no pipe, which would be waited for, and not too large."""
     try:
         state = path.stat()
+    except FileNotFoundError as error:
+        of_model = path.parent.parent.name == "slides"
+        raise _bad(path, "this model was to find the tissue, and failed" if of_model else "there is no such file") from error
     except OSError as error:
         raise _bad(path, f"it cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(state.st_mode):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
 from pipelines.bottleneck import bottleneck
-from pipelines.config import Settings, make_jobs
+from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.slides import SlideEntry
 from pipelines.summary import clear_failure, read_failure, write_failure, write_summary
 
@@ -66,6 +66,8 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     from pathology.runner import run
 
     began = time.monotonic()
+    if (finder := tissue_model(settings)) is not None:
+        _find_tissue(slides, finder, settings, conduct)
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
@@ -106,6 +108,19 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
         emit(out, "run-end", {"failed": failed})
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
+
+
+def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct) -> None:
+    """Let `model` find the tissue of all slides that have no mask of their own, as a run of its own."""
+    from pathology.areas import tissue_class
+    from pathology.models import load_spec
+
+    spec = load_spec(model)
+    tissue_class(spec)
+    looked_at = [slide for slide in slides if slide.mask is None]
+    if looked_at:
+        print(f"tissue by {spec.name}:", flush=True)
+        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()))
 
 
 def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:

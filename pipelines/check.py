@@ -22,7 +22,7 @@ from pathology.readers import open_slide
 from pathology.slide import Slide, SlideInfo
 from pathology.slide_worker import plan_slide
 from pathology.together import groups
-from pipelines.config import Settings, make_jobs
+from pipelines.config import Settings, make_jobs, tissue_model
 from pipelines.slides import SlideEntry
 
 COLUMNS = (
@@ -63,6 +63,8 @@ class Verdict:
 
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
+    if tissue_model(settings) is not None:
+        settings = replace(settings, tissue="none")  # not known before the run: the most that it can come to
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     peak = 0
     for entry in slides:

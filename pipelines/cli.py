@@ -102,7 +102,8 @@ def job_options(command: Command) -> Command:
             "--tissue",
             default="otsu",
             show_default=True,
-            help="How tissue is found: otsu, none, or a file of it: GeoJSON, or a picture in which all but black is tissue.",
+            help="How tissue is found: otsu, none, model:NAME (a dense model that is run first), or a file of it: GeoJSON or a "
+            "picture in which all but black is tissue.",
         ),
         click.option(
             "--roi",

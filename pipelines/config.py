@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pathology.encoding import Dtype
 from pathology.errors import UsageError
 from pathology.job import Job, ReaderName
+from pathology.model import ModelSpec
 from pathology.stitch import Blend
 from pipelines.slides import SlideEntry
 
@@ -44,6 +46,9 @@ class Settings:
     stage_bytes: int = 64 * 2**30
 
 
+# What stands before a model's name in `--tissue`.
+TISSUE_MODEL = "model:"
+
 # Of the memory that is free, a worker's tiles, windows and canvases get this share, and no more than the second by themselves:
 # more of it saves no decoding and no inference.
 MEMORY_SHARE = 0.25
@@ -66,7 +71,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
-    tissue = _file_or_name(settings.tissue)
+    found = _tissue(settings)
     precisions = {model: choose_precision(settings.precision, device, is_network(model)) for model in models}
     return [
         Job(
@@ -79,7 +84,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             force=settings.force,
             overlap=settings.overlap,
             min_tissue=settings.min_tissue,
-            tissue=tissue if slide.mask is None else str(slide.mask.absolute()),
+            tissue=found(slide) if slide.mask is None else str(slide.mask.absolute()),
             roi=_path(settings.roi if slide.roi is None else slide.roi),
             blend=settings.blend,
             heatmap_mpp=settings.heatmap_mpp,
@@ -109,13 +114,46 @@ def _path(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())  # a worker elsewhere has another working directory
 
 
-def _file_or_name(tissue: str) -> str:
-    """A method's name as it is, anything else as the path of a file."""
+def _tissue(settings: Settings) -> Callable[[SlideEntry], str]:
+    """What says where a slide's tissue is: a method's name as it is, a file, or the folder of another model's result."""
+    from pathology.models import load_spec
     from pathology.tissue import METHODS
 
-    if tissue in METHODS:
-        return tissue
-    path = Path(tissue).absolute()
-    if not path.is_file():
-        raise UsageError(f"tissue {tissue} is neither {' nor '.join(METHODS)} nor a file; give a mask picture or GeoJSON")
-    return str(path)
+    if settings.tissue in METHODS:
+        return lambda _: settings.tissue
+    if (model := tissue_model(settings)) is not None:
+        name, slides = load_spec(model).name, (tissue_out(settings) / "slides").absolute()
+        return lambda slide: str(slides / slide.slide_id / name)
+    path = Path(settings.tissue).absolute()
+    if not path.exists():
+        raise UsageError(
+            f"tissue {settings.tissue} is neither {' nor '.join(METHODS)} nor a file; "
+            f"give a mask picture, GeoJSON, or {TISSUE_MODEL}NAME"
+        )
+    return lambda _: str(path)
+
+
+def tissue_model(settings: Settings) -> str | None:
+    """The model that `--tissue model:NAME` names."""
+    return settings.tissue.removeprefix(TISSUE_MODEL) if settings.tissue.startswith(TISSUE_MODEL) else None
+
+
+def tissue_out(settings: Settings) -> Path:
+    """Where a tissue model's results go: an output of its own, for it looks at slides otherwise."""
+    return settings.out / "tissue"
+
+
+def tissue_settings(settings: Settings, spec: ModelSpec) -> Settings:
+    """How tissue is looked for by a model of that card: everywhere, and as it answers."""
+    margins = math.ceil(2 * spec.margin_px * spec.tile_px / spec.output_px)
+    return replace(
+        settings,
+        out=tissue_out(settings),
+        tissue="none",
+        overlap=margins,
+        min_tissue=0.0,
+        heatmap_mpp=None,
+        heatmap_dtype="auto",
+        precision="fp32",
+        compile=False,
+    )

@@ -264,7 +264,7 @@ def test_a_slide_list_names_masks_and_regions(slide: Path, tmp_path: Path) -> No
     result = invoke(tmp_path / "list.csv", tmp_path / "out", "--tissue", "none")
     assert result.exit_code == 1
     assert "bad_mask" in result.output
-    assert "gone.png: it cannot be read" in result.output
+    assert "gone.png: there is no such file" in result.output
     counts = {name: int(found.sum()) for name, found in inferred(tmp_path / "out").items()}
     assert counts == {"a": 3, "b": 4, "d": (HEIGHT // TILE) * (WIDTH // TILE)}
 
@@ -289,6 +289,7 @@ class Finder:
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         coloured = (tiles.min(axis=3) < 230).astype(np.float32)[:, None]
+        coloured[(tiles == 7).all(axis=(1, 2, 3))] = np.nan  # such tiles it can make nothing of
         return np.concatenate([coloured if name != "glass" else 1 - coloured for name in self.spec.classes], axis=1)
 
 
@@ -336,3 +337,55 @@ def test_results_that_say_nothing_of_this_slides_tissue_are_refused(slide: Path,
     other = write_tiff(tmp_path / "t.tiff", [noise_pixels(HEIGHT, WIDTH, 5)], mpp=MPP)
     with pathology.open_slide(other) as opened, pytest.raises(SlideError, match="it is the result of another slide"):
         read_tissue(found_by("tissue", slide, tmp_path / "out2"), opened.info)
+
+
+def test_a_model_finds_tissue_first_and_one_slide_it_fails_on_fails_alone(tmp_path: Path) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    pixels = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    pixels[100:220, 240:400] = (200, 80, 160)
+    write_tiff(slides / "good.tiff", [pixels], mpp=MPP)
+    write_tiff(slides / "masked.tiff", [pixels], mpp=MPP)
+    write_tiff(slides / "dark.tiff", [np.full_like(pixels, 7)], mpp=MPP)
+    (slides / "bad.tiff").write_bytes(b"II*\0 nothing more")
+    Image.fromarray(np.eye(4, 6, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    rows = [["slide", "mask"], ["good.tiff", ""], ["masked.tiff", "../mask.png"], ["bad.tiff", ""], ["dark.tiff", ""]]
+    (slides / "list.csv").write_text("\n".join(",".join(row) for row in rows))
+    common = ["--model", f"pathology.testing:mean_colour?tile_px={TILE}&mpp={MPP}", "--scheduler", "sync"]
+    tissue = ["--tissue", "model:tests.test_areas:finder"]
+    checked = CliRunner().invoke(main, ["check", str(slides / "list.csv"), *common[:2], *tissue])
+    assert checked.exit_code == 1
+    for _ in range(2):
+        done = CliRunner().invoke(main, ["run", str(slides / "list.csv"), "--out", str(tmp_path / "out"), *common, *tissue])
+        assert done.exit_code == 1, done.output
+        assert done.output.startswith("tissue by finder:\n")
+        assert "2 of 4 done, 2 failed or partial" in done.output
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        summary = {row["id"].rpartition("-")[0]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in summary.items()} == {
+        "good": "ok",
+        "masked": "ok",
+        "bad": "failed",
+        "dark": "failed",
+    }
+    assert summary["bad"]["reason"] not in ("", "bad_mask")  # it is the slide that is at fault
+    assert summary["dark"]["reason"] == "bad_mask"
+    assert "finder: this model was to find the tissue, and failed" in summary["dark"]["message"]
+    area_mm2 = 120 * 160 * MPP**2 / 1e6
+    assert float(summary["good"]["tissue_mm2"]) == pytest.approx(area_mm2)
+    assert float(summary["masked"]["tissue_mm2"]) != pytest.approx(area_mm2)
+    with (tmp_path / "out" / "tissue" / "summary.csv").open() as file:
+        found = {row["id"].rpartition("-")[0]: row["status"] for row in csv.DictReader(file)}
+    assert found == {"good": "ok", "bad": "failed", "dark": "failed"}
+    (manifest,) = (tmp_path / "out").glob("slides/good-*/mean-colour/manifest.json")
+    (by,) = (tmp_path / "out").glob("tissue/slides/good-*/finder")
+    assert json.loads(manifest.read_text())["fields"]["tissue"] == f"file {file_sha256(by)}"
+
+
+def test_a_model_that_finds_no_tissue_is_refused_before_it_runs(slide: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(slide), "--model", "nuclei-density", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*arguments, "--tissue", "model:nuclei-density"])
+    assert done.exit_code == 2
+    assert "model nuclei-density finds no tissue: it answers classes of nuclei; use one" in done.output
+    done = CliRunner().invoke(main, [*arguments, "--tissue", "modell"])
+    assert "tissue modell is neither otsu nor none nor a file; give a mask picture, GeoJSON, or model:NAME" in done.output
