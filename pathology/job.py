@@ -17,6 +17,8 @@ from pathology.model import ModelSpec
 from pathology.stitch import Blend
 
 SCHEMA = 1
+# Owner of work that nobody owns.
+FREE = "free"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ReaderName = Literal["auto", "direct", "openslide", "pillow"]
@@ -56,6 +58,7 @@ class Job:
     overwrite    replace results that were made from other inputs or parameters
     strict       refuse to finish a slide whose regions come from different environments
     columns      (name, value) pairs of the slide list that are passed through to the record
+    owner        who works on the slide, and so where: a token of `lease.Leases`
     """
 
     slide: str
@@ -88,6 +91,7 @@ class Job:
     overwrite: bool = False
     strict: bool = False
     columns: tuple[tuple[str, str], ...] = ()
+    owner: str = FREE
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
@@ -123,9 +127,14 @@ class Job:
     def result_folder(self, model_name: str) -> Path:
         return self.slide_folder / model_name
 
+    @property
+    def work_place(self) -> Path:
+        """Unfinished work of this slide, whoever owns it."""
+        return Path(self.out) / ".work" / self.slide_id
+
     def work_folder(self, model_name: str) -> Path:
         """Unfinished work, on the same file system as the results, so that a rename commits."""
-        return Path(self.out) / ".work" / self.slide_id / model_name
+        return self.work_place / self.owner / model_name
 
 
 def key_of(fields: Mapping[str, Any]) -> str:

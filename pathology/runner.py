@@ -1,7 +1,8 @@
 """A run: all regions of all slides through one bounded window of tasks.
 
 Promise: one slide's failure ends that slide alone; a fault of the machine ends the run and fails no slide; and after either,
-or a crash, the same call goes on where this one stopped.
+or a crash, the same call goes on where this one stopped. Any number of processes may run the same jobs: each slide is worked on
+by one, and what the others do is waited for.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,13 @@ from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reaso
 from pathology.events import emit
 from pathology.finish import MANIFEST
 from pathology.job import Job
+from pathology.lease import LEASE_S, Leases, Owner
 from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.schedule import Done, Tasks, open_tasks
 from pathology.staging import Stage, open_stage
 from pathology.together import groups, pixels_of
+from pathology.turns import Turns
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
@@ -46,7 +49,7 @@ _WAKE = object()
 class Outcome:
     """How a job ended: `record` (its result.json), or a reason and what to do about it.
 
-    before   it was finished by an earlier run
+    before   it was finished by an earlier run, or by another that works on the same jobs
     """
 
     job: Job
@@ -60,9 +63,10 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Something happened: "planned" with forward passes to come, "region" with forward passes done, both of one job;
-    "in-place": the slide is read where it lies although it was to be staged, and the message says why."""
+    "in-place": the slide is read where it lies although it was to be staged, and the message says why; "waiting": nothing is
+    left but slides that other processes work on, and the message says which has this one."""
 
-    event: Literal["planned", "region", "in-place"]
+    event: Literal["planned", "region", "in-place", "waiting"]
     job: Job
     tiles: int
     message: str = ""
@@ -78,13 +82,16 @@ class _State:
 
     todo   regions not yet handed out
     tiles  forward passes per region
+    ended  it has an outcome
+    lost   another process has taken its slide over: what is still under way here is for nothing
     """
 
     job: Job
     todo: set[int] = field(default_factory=set)
     tiles: dict[int, int] = field(default_factory=dict)
     running: int = 0
-    failed: bool = False
+    ended: bool = False
+    lost: bool = False
 
 
 @dataclass(slots=True)
@@ -120,11 +127,15 @@ def run(
     dashboard: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
-) -> Iterator[Outcome]:
+    known: Callable[[Job], Outcome | None] = lambda _: None,
+    lease_s: float = LEASE_S,
+) -> Generator[Outcome, None, None]:
     """Compute all jobs; yields an outcome for each as it ends.
 
     scheduler  "sync" (the reference), "threads", "processes" (two for each device), or "tcp://127.0.0.1:PORT"
     stop       set it to end early: running regions are let end, then Interrupted is raised
+    known      the failure of a job that stands, if another process or run has met one; asked once the slide is this process's
+    lease_s    after so long without a sign of life from another process that has a slide, it is taken over
 
     Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
     EnvironmentFault where output, disk, device or the slides' share fail.
@@ -133,10 +144,12 @@ def run(
         message = f"--stage copies to a disk of this machine, which workers of {scheduler} may not see; leave it out"
         raise UsageError(message)
     processes = devices if scheduler == "processes" else 1
-    with open_stage(jobs) or nullcontext() as stage:
+    with closing(Leases(lease_s)) as leases, open_stage(jobs) or nullcontext() as stage:
         tasks = open_tasks(scheduler, devices, dashboard)
         try:
-            window = _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage)
+            window = _Window(
+                jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage, leases, known
+            )
             yield from window.outcomes()
         finally:
             tasks.close()
@@ -153,17 +166,20 @@ class _Window:
         stop: threading.Event,
         processes: int,  # that share a machine's cores
         stage: Stage | None,
+        leases: Leases,
+        known: Callable[[Job], Outcome | None],
     ) -> None:
         self._processes = processes
         self._states = [_State(job) for job in jobs]
-        self._groups: list[_Group] = []
+        self._turns = Turns(leases, jobs, self._waits_for)
+        self._known = known
+        self._found: deque[tuple[int, Outcome]] = deque()  # failures that stand, by the place of their job
         self._group: dict[int, _Group] = {}  # by the place of a job
         self._tasks = tasks
         self._progress = progress
         self._stop = stop
         self._stage = stage
         self._running: set[_Task] = set()
-        self._next = 0  # the first group not yet being prepared
         self._active: deque[_Group] = deque()  # groups with regions to hand out, in order
         self._first: deque[_Task] = deque()  # ends of slides, before anything else
         self._suspects: deque[_Task] = deque()  # tasks whose worker died: each runs alone
@@ -171,7 +187,9 @@ class _Window:
     def outcomes(self) -> Iterator[Outcome]:
         self._check_models()
         if self._stage is not None:
-            self._stage.start(_needed, lambda: self._tasks.done.put(Done(_WAKE)))
+            self._stage.start(
+                lambda job: _needed(job) and self._turns.claim_ahead(job), lambda: self._tasks.done.put(Done(_WAKE))
+            )
         room = 1 if self._tasks.in_order else 2 * self._tasks.slots() + BESIDE
         while True:
             if self._stop.is_set():
@@ -179,7 +197,11 @@ class _Window:
                 raise Interrupted("the run was stopped; finished regions are kept: run the same command again to go on")
             while (task := self._choose(room)) is not None:
                 self._submit(task)
-            if not self._running and self._next == len(self._groups):
+            while self._found:
+                place, outcome = self._found.popleft()
+                yield outcome
+                self._let_go(place)
+            if not self._running and self._turns.over:
                 return
             try:
                 done = self._tasks.done.get(timeout=0.2)
@@ -212,9 +234,7 @@ class _Window:
         for models in alike.values():
             if not (models[0][0].job.threads and models[0][0].job.readers):
                 self._divide_cores(models)
-        for places in groups([state.job for state in self._states], spec_of):
-            self._groups.append(_Group(places, len(places)))
-            self._group.update(dict.fromkeys(places, self._groups[-1]))
+        self._turns.queue(groups([state.job for state in self._states], spec_of))
 
     def _of_model(self, job: Job, function: Callable[..., object], *arguments: object) -> Any:
         """What `function` says of the job's model. ModelError where it ends its process or fails."""
@@ -261,30 +281,49 @@ class _Window:
         if self._first:
             return self._first.popleft()
         preparing = sum(task.kind == "prepare" for task in self._running)
-        if self._next_is_ready() and len(self._active) + preparing < SLIDES_AHEAD:
-            return self._begin_next()
+        if len(self._active) + preparing < SLIDES_AHEAD and (task := self._begin_next()) is not None:
+            return task
         while self._active:
             group = self._active[0]
             while group.reads:
-                parts = tuple(part for part in group.reads.popleft() if not self._states[part[0]].failed)
+                parts = tuple(part for part in group.reads.popleft() if not self._states[part[0]].ended)
                 for place, region in parts:
                     self._states[place].todo.remove(region)
                 if parts:
                     return _Task("region", parts)
             self._active.popleft()
-        if preparing < SLIDES_AHEAD and self._next_is_ready():
-            return self._begin_next()
+        return self._begin_next() if preparing < SLIDES_AHEAD else None
+
+    def _begin_next(self) -> _Task | None:
+        """Begin the next group whose slide can be had and that is not known to fail; None where there is none now."""
+        while self._next_is_ready():
+            turn = self._turns.begin(idle=not self._running)
+            if turn is None:
+                continue
+            places, token = turn
+            begun: list[int] = []
+            for place in places:
+                state = self._states[place]
+                state.job = replace(state.job, owner=token)
+                if state.ended:
+                    continue
+                if (outcome := self._known(state.job)) is None:
+                    begun.append(place)
+                else:
+                    state.ended = True
+                    self._found.append((place, outcome))
+            if begun:
+                self._group.update(dict.fromkeys(places, _Group(places, len(begun))))
+                return _Task("prepare", tuple((place, -1) for place in begun))
         return None
 
-    def _begin_next(self) -> _Task:
-        self._next += 1
-        return _Task("prepare", tuple((place, -1) for place in self._groups[self._next - 1].places))
-
     def _next_is_ready(self) -> bool:
-        """Whether there are jobs left to prepare and their slide lies where it will be read."""
-        if self._next == len(self._groups):
-            return False
-        return self._stage is None or self._stage.ready(self._groups[self._next].places[0], SLIDES_AHEAD)
+        """Whether there is a group to begin and its slide lies where it will be read."""
+        group = self._turns.next()
+        return group is not None and (self._stage is None or self._stage.ready(group[0], SLIDES_AHEAD))
+
+    def _waits_for(self, place: int, owner: Owner) -> None:
+        self._progress(Progress("waiting", self._states[place].job, 0, str(owner)))
 
     def _submit(self, task: _Task) -> None:
         self._running.add(task)
@@ -332,23 +371,37 @@ class _Window:
                 value = done.value[number]
                 end = Done(task, error=value) if isinstance(value, Exception) else Done(task, value=value)
             outcome = self._consider(_Task(task.kind, ((place, region),), task.deaths), state, end)
-            if self._stage is not None and (outcome is not None or state.failed) and not state.running:
-                self._stage.end(place)
             if outcome is not None:
+                state.ended = True
                 yield outcome
+            self._let_go(place)
+        self._come_again(task.parts[0][0])
+
+    def _let_go(self, place: int) -> None:
+        """Free what a job held, if it has ended: after its outcome is on record, and when no task of it runs."""
+        state = self._states[place]
+        if not state.ended or state.running:
+            return
+        if self._stage is not None:
+            self._stage.end(place)
+        self._turns.end(place)
 
     def _consider(self, task: _Task, state: _State, done: Done) -> Outcome | None:
         """What a task's end means for one job; the outcome if the job has ended with it."""
-        if state.failed:
+        ((place, region),) = task.parts
+        failed = done.died or done.error is not None
+        if state.ended or (state.lost and (failed or task.kind != "finish")):
             return None
         if done.died and task.deaths == 0:
             # Any of the tasks on that worker may be the culprit: each runs again, alone, and only a second death counts.
             self._suspects.append(replace(task, deaths=1))
             return None
-        ((place, region),) = task.parts
+        if failed and not self._turns.owns(place):
+            self._lose(place)
+            return None
         if task.kind == "prepare":
             return self._prepared(place, state, done)
-        if done.error is not None:
+        if failed:
             return self._failed(state, done)
         if task.kind == "finish":
             return Outcome(state.job, done.value["status"], done.value)
@@ -357,6 +410,26 @@ class _Window:
         if not state.todo and not state.running and not waiting:
             self._first.append(_Task("finish", task.parts))
         return None
+
+    def _lose(self, place: int) -> None:
+        """Drop what is under way of a slide that another process has taken over: its errors are no fault of the slide."""
+        for other in self._turns.beside(place):
+            self._states[other].lost = True
+            self._states[other].todo.clear()
+        self._first = deque(task for task in self._first if not self._is_lost(task.parts))
+        self._suspects = deque(task for task in self._suspects if not self._is_lost(task.parts))
+        self._active = deque(group for group in self._active if not any(self._states[p].lost for p in group.places))
+
+    def _is_lost(self, parts: Iterable[tuple[int, int]]) -> bool:
+        return any(self._states[place].lost for place, _ in parts)
+
+    def _come_again(self, place: int) -> None:
+        """Let a lost slide come again, once no task of it runs."""
+        jobs = [self._states[other] for other in self._turns.beside(place)]
+        if any(state.lost for state in jobs) and not any(state.running for state in jobs):
+            for state in jobs:
+                state.lost = False
+            self._turns.again(place)
 
     def _prepared(self, place: int, state: _State, done: Done) -> Outcome | None:
         group = self._group[place]
@@ -386,7 +459,6 @@ class _Window:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
-        state.failed = True
         if done.died:
             message = "the worker process died on this slide twice; the file or the model crashes a native library"
             return Outcome(state.job, "failed", reason=Reason.CRASHED, message=message)
