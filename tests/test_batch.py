@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -302,17 +301,6 @@ def test_an_output_that_cannot_be_written_is_exit_3(slide: Path, tmp_path: Path)
     done = run(slide, "--out", tmp_path / "file" / "out")
     assert done.exit_code == 3, done.output
     assert len(done.output.splitlines()) == 1
-
-
-def test_a_second_run_on_one_output_is_refused(slide: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / ".work").mkdir(parents=True)
-    with (out / ".work" / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        done = run(slide, "--out", out)
-    assert done.exit_code == 2
-    assert "another run" in done.output
-    assert run(slide, "--out", out).exit_code == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes are POSIX's")
