@@ -18,22 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology import slide_worker, worker
-from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError
+from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError, first_line
 from pathology.events import emit
-from pathology.finish import MANIFEST
 from pathology.job import Job
 from pathology.lease import LEASE_S, Leases, Owner
-from pathology.model import ModelSpec
-from pathology.models import load_spec
 from pathology.schedule import Done, Tasks, open_tasks
 from pathology.staging import Stage, open_stage
-from pathology.together import groups, pixels_of
+from pathology.trials import needed, try_models
 from pathology.turns import Turns
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
-# Slides of which the first that opens is read from to measure how quick reading is.
-SLIDES_TRIED = 4
 # Token of the task that looks at the first slide while the model is loaded.
 LOOK = "look"
 # Tasks in the window that begin or end slides, beside twice the regions that run.
@@ -188,7 +183,7 @@ class _Window:
         self._check_models()
         if self._stage is not None:
             self._stage.start(
-                lambda job: _needed(job) and self._turns.claim_ahead(job), lambda: self._tasks.done.put(Done(_WAKE))
+                lambda job: needed(job) and self._turns.claim_ahead(job), lambda: self._tasks.done.put(Done(_WAKE))
             )
         room = 1 if self._tasks.in_order else 2 * self._tasks.slots() + BESIDE
         while True:
@@ -212,52 +207,14 @@ class _Window:
             yield from self._handle(done)
 
     def _check_models(self) -> None:
-        """Try each model once, divide the cores between those that read alike, and see which jobs are run together."""
-        shared: dict[tuple[object, ...], list[_State]] = {}
+        """Try each model once, and queue the jobs as they are run together."""
         if self._states and self._tasks.apart:
             # While one process loads torch for the first model, another can look at the first slide.
             self._tasks.submit(LOOK, slide_worker.look, replace(self._states[0].job, stage=None), kind="slides")
-        for state in self._states:
-            shared.setdefault(worker.model_of(state.job), []).append(state)
-        alike: dict[tuple[object, ...], list[list[_State]]] = {}
-        specs: dict[tuple[object, ...], ModelSpec] = {}
-        for states in shared.values():
-            spec: ModelSpec = self._of_model(states[0].job, worker.check_model)
-            if not states[0].job.batch_size:
-                size: int = self._of_model(states[0].job, worker.find_batch_size, self._processes)
-                for state in states:
-                    state.job = replace(state.job, batch_size=size)
-            job = states[0].job
-            specs[worker.model_of(job)] = spec
-            alike.setdefault((job.device, job.threads, job.readers, pixels_of(spec)), []).append(states)
-        spec_of = [specs[worker.model_of(state.job)] for state in self._states]
-        for models in alike.values():
-            if not (models[0][0].job.threads and models[0][0].job.readers):
-                self._divide_cores(models)
-        self._turns.queue(groups([state.job for state in self._states], spec_of))
-
-    def _of_model(self, job: Job, function: Callable[..., object], *arguments: object) -> Any:
-        """What `function` says of the job's model. ModelError where it ends its process or fails."""
-        done = self._alone(function, replace(job, stage=None), *arguments)
-        if done.died:
-            raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
-        _raise_model_error(job, done)
-        return done.value
-
-    def _divide_cores(self, models: list[list[_State]]) -> None:
-        """Give the jobs of each of `models`, which read alike, their threads. Models whose results all stand do not count."""
-        computed = [states for states in models if len(models) == 1 or any(_needed(state.job) for state in states)] or models
-        first = [replace(states[0].job, stage=None) for states in computed]
-        tried = [replace(state.job, stage=None) for state in computed[0][1:SLIDES_TRIED]]
-        done = self._alone(worker.divide_cores, (*first, *tried), self._processes)
-        if done.died:  # a slide's fault; whose, will be seen when its turn comes
-            done = self._alone(worker.divide_cores, tuple(first), self._processes, False)
-        _raise_model_error(first[0], done)
-        splits = dict(zip(map(worker.model_of, first), done.value, strict=False))
-        for states in models:
-            split = splits.get(worker.model_of(states[0].job), done.value[0])
-            for state in states:
-                state.job = replace(state.job, readers=split.readers, threads=split.threads)
+        jobs, together = try_models([state.job for state in self._states], self._alone, self._processes)
+        for state, job in zip(self._states, jobs, strict=True):
+            state.job = job
+        self._turns.queue(together)
 
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
         """Run `function` as a task while nothing else runs but a first look, and wait for its end."""
@@ -396,7 +353,7 @@ class _Window:
             # Any of the tasks on that worker may be the culprit: each runs again, alone, and only a second death counts.
             self._suspects.append(replace(task, deaths=1))
             return None
-        if failed and not self._turns.owns(place):
+        if failed and not self._turns.owns(state.job):
             self._lose(place)
             return None
         if task.kind == "prepare":
@@ -466,7 +423,7 @@ class _Window:
             return Outcome(state.job, "failed", reason=error.reason, message=str(error))
         reason = Reason.MODEL_ERROR if isinstance(error, ModelError) else Reason.INTERNAL
         assert error is not None
-        return Outcome(state.job, "failed", reason=reason, message=_line(error))
+        return Outcome(state.job, "failed", reason=reason, message=first_line(error))
 
     def _drain(self) -> None:
         """Let running tasks end, for a while; what they stage is kept."""
@@ -480,11 +437,6 @@ class _Window:
                 self._running.discard(done.token)
 
 
-def _needed(job: Job) -> bool:
-    """Whether a job will read its slide. Where a result stands, `prepare` looks at it with a few reads in place."""
-    return job.overwrite or not (job.result_folder(load_spec(job.model).name) / MANIFEST).exists()
-
-
 def _reads(begun: dict[int, slide_worker.Prepared]) -> list[tuple[tuple[int, int], ...]]:
     """The regions of jobs by their place in the run, those that lie in one place of the slide together, in order."""
     together: dict[slide_worker.Cell, list[tuple[int, int]]] = {}
@@ -492,15 +444,3 @@ def _reads(begun: dict[int, slide_worker.Prepared]) -> list[tuple[tuple[int, int
         for region, cell in zip(prepared.todo, prepared.cells, strict=True):
             together.setdefault(cell, []).append((place, region))
     return [tuple(together[cell]) for cell in sorted(together)]
-
-
-def _raise_model_error(job: Job, done: Done) -> None:
-    """Raise what a trial of the job's model ended with, if it is an error."""
-    if isinstance(done.error, PathologyError):
-        raise done.error
-    if done.error is not None:
-        raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

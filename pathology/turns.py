@@ -79,9 +79,10 @@ class Turns:
         """Whether the job's slide is this process's, claimed before its turn, from whatever thread."""
         return self._leases.claim(job.work_place) is None
 
-    def owns(self, place: int) -> bool:
-        """Whether the slide of a job that has begun is still this process's."""
-        return self._leases.owns(self._slide[place])
+    def owns(self, job: Job) -> bool:
+        """Whether a job's slide is still this process's, as it was when the job began: under the token that it has."""
+        slide = job.work_place
+        return self._leases.owns(slide) and self._leases.token(slide) == job.owner
 
     def beside(self, place: int) -> tuple[int, ...]:
         """The jobs of the same slide that have not ended."""

@@ -107,6 +107,7 @@ ORDER = [
     "pathology.worker",
     "pathology.process",
     "pathology.schedule",
+    "pathology.trials",
     "pathology.turns",
     "pathology.runner",
     "pathology",
