@@ -56,7 +56,7 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stai
         )
     partial = work.partial
     with output_faults(partial):
-        shutil.rmtree(partial, ignore_errors=True)
+        work.clear_partial()
         partial.mkdir()  # its parent is gone where the slide has another owner by now
         bad = np.array(bad_tiles, np.int32).reshape(-1, 2)
         written = write_output(partial, Ended(work, plan, slide, spec, bad, job.heatmap_dtype, stains))

@@ -93,6 +93,7 @@ class Leases:
                     _show(place / token, token)
                     self._seen.pop(folder, None)
                     break
+                time.sleep(0.01)  # a network's folders may be shown as they were for a while
             self._own(place, token)
             return None
 

@@ -30,6 +30,7 @@ from pathology.plan import Plan, Region
 from pathology.stitch import bands
 
 SCHEMA = 3
+PARTIAL = "partial-"
 
 # Columns of a block: what is read and hashed at once. Blocks end at multiples of it, as shards of a heatmap do.
 BLOCK_PX = 1024
@@ -64,8 +65,9 @@ class Work:
 
     @property
     def partial(self) -> Path:
-        """Where the finished result is built before its one rename; a stable name, so a crash leaves one at most."""
-        return self.folder / "partial"
+        """Where the finished result is built before its one rename. Named by the owner, so that a rename that a former one has
+        asked a server for, and that comes there after all, cannot take another's unfinished result."""
+        return self.folder / f"{PARTIAL}{self.folder.parent.name}"
 
     @property
     def replaced(self) -> Path:
@@ -196,6 +198,11 @@ class Work:
                 common = box.intersect(block)
                 scores[:, *common.slices(box)] = staged[:, *common.slices(block)]
         return scores
+
+    def clear_partial(self) -> None:
+        """Remove what crashes have left half-built, this owner's and others'."""
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def clear(self) -> None:
         """Forget everything staged here. The plan goes first: without it nothing here counts as begun."""
