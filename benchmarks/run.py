@@ -87,7 +87,7 @@ def tiles(name: str) -> Path:
         from pathology.job import Job
         from pathology.models import load_spec
         from pathology.readers import open_slide
-        from pathology.worker import plan_slide
+        from pathology.slide_worker import plan_slide
 
         job = Job(slide=str(slide(name)), slide_id=name, root="", model=model("tiny"), out=".")
         with open_slide(job.slide) as opened:

@@ -13,13 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from pathology.errors import EnvironmentFault, UsageError
-from pathology.job import Precision
+from pathology.job import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -112,25 +112,45 @@ def choose_device(name: str = "auto", facts: TorchFacts | None = None, nvidia: b
     return name
 
 
-def choose_precision(name: str, device: str, network: bool = True, facts: TorchFacts | None = None) -> Precision:
-    """What `name`, one of "auto", "fp32", "bf16", "fp16", comes to on `device` for a model.
+def choose_precision(
+    name: str, device: str, allowed: Collection[Precision] = PRECISIONS, model: str = "", facts: TorchFacts | None = None
+) -> Precision:
+    """What `name`, one of "auto", "fp32", "bf16", "fp16", comes to on `device` for `model`.
 
-    auto is bf16 on CUDA where every device has it, else fp16 there, and fp32 elsewhere and for a model without a torch
-    `network`. Raises UsageError for another name, and for what the device or the model cannot do.
+    allowed  what the model's card allows; nothing: it is no torch network, and computes as it does
+
+    auto is the first of these that is allowed: on CUDA bf16, where every device has it, fp16, fp32; elsewhere fp32, and on the
+    CPU, bf16. Raises UsageError for another name, and for what the device or the model cannot do.
     """
-    if name not in ("auto", "fp32", "bf16", "fp16"):
+    if name not in ("auto", *PRECISIONS):
         raise UsageError(f"precision {name!r} is not known; use fp32, bf16, fp16 or auto")
-    cuda = device.startswith("cuda")
-    if name == "fp32" or (name == "auto" and not (network and cuda)):
-        return "fp32"
-    if not network:
+    if not allowed:
+        if name in ("auto", "fp32"):
+            return "fp32"
         raise UsageError(f"precision {name} is for models that are torch networks, and this one is none; use fp32 or auto")
-    bf16 = not cuda or (facts or torch_facts()).cuda_bf16
-    chosen: Precision = "bf16" if name == "bf16" or (name == "auto" and bf16) else "fp16"
-    if chosen == "bf16" and not bf16:
-        raise UsageError(f"device {device} does not compute in bf16; use --precision fp16 or auto")
-    check_precision(chosen, device)
-    return chosen
+    cuda = device.startswith("cuda")
+    if name != "auto":
+        check_allowed(model, precision := cast(Precision, name), allowed)
+        check_precision(precision, device)
+        if precision == "bf16" and cuda and not (facts or torch_facts()).cuda_bf16:
+            raise UsageError(f"device {device} does not compute in bf16; use --precision fp16 or auto")
+        return precision
+    order: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "bf16"), "mps": ("fp32",)}
+    for precision in order.get(device, ("bf16", "fp16", "fp32")):
+        if precision in allowed and not (precision == "bf16" and cuda and not (facts or torch_facts()).cuda_bf16):
+            return precision
+    raise UsageError(f"model {model} allows {_listed(allowed)} only, by its card, which {device} does not compute in")
+
+
+def check_allowed(model: str, precision: Precision, allowed: Collection[Precision]) -> None:
+    """Raise UsageError where a model's card does not allow `precision`."""
+    if precision not in allowed:
+        use = " or ".join(f"--precision {p}" for p in PRECISIONS if p in allowed)
+        raise UsageError(f"model {model} allows {_listed(allowed)} only, by its card; use {use}")
+
+
+def _listed(allowed: Collection[Precision]) -> str:
+    return " and ".join(p for p in PRECISIONS if p in allowed)
 
 
 def check_precision(precision: Precision, device: str) -> None:

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
     CHANGED = "changed"  # the slide, or its finished result, is not what it was when the result was made
     CRASHED = "crashed"  # the worker process died on this slide, twice
+    TIMEOUT = "timeout"  # a call that reads the file did not come back in time
     INTERNAL = "internal"  # a bug in this program
 
 

@@ -1,22 +1,38 @@
 """What happened and when: one line of JSON a state change, one file a process, under `<out>/events/`.
 
 Promise: a line that `emit` returned from is on disk and will be read; a line torn by a crash is left out and hides no other.
+
+run-begin     a driver's: {jobs, slides, models, device}; all slides' ids with all models
+slide-open    a process opens a slide and plans it: {slide, model}, as in all that follow
+slide-begin   it did: {regions, todo, tiles}, the last two of what is left
+region-start  {region}
+region-done   {region, tiles, bad_tiles, seconds, began, process, halved_to, stages}
+slide-finish  a process writes the slide's result
+slide-done    it did: {status, reason}
+slide-kept    the driver found how it ended in an earlier run: {status, reason}
+slide-failed  {reason}
+slide-staged  {bytes, seconds}
+slide-in-place  {why}
+run-end       {failed, why}; why it stopped before all was done, "" otherwise
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from pathology.durable import make_folders, output_faults, sync_folder
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def emit(out: Path, event: str, fields: Mapping[str, Any]) -> None:
@@ -41,11 +57,52 @@ def emit(out: Path, event: str, fields: Mapping[str, Any]) -> None:
             sync_folder(path.parent)
 
 
-def read_events(out: Path) -> Iterator[dict[str, Any]]:
-    """All events under `out`, file by file in name order; torn lines are left out."""
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What the files of a run's events hold.
+
+    events   by time; each with the `host` and `pid` of the process that wrote it
+    damaged  lines that are no event; a last line without its end is not counted: it may be on its way
+    foreign  lines of another schema version
+    """
+
+    events: list[dict[str, Any]]
+    damaged: int = 0
+    foreign: int = 0
+
+
+def read_log(out: Path) -> Log:
+    """All events under `out`, by time; while they are written as well as after a crash."""
+    events: list[dict[str, Any]] = []
+    damaged = foreign = 0
     for path in sorted((out / "events").glob("*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+        host, _, number = path.stem.rpartition("-")
+        if not number.isdecimal():
+            continue
+        with path.open("rb") as file:
+            for line in file:
+                event = _event(line)
+                if event is not None and event.get("schema") != SCHEMA:
+                    foreign += 1
+                elif event is not None:
+                    events.append({**event, "host": host, "pid": int(number)})
+                elif line.endswith(b"\n"):
+                    damaged += line != b"\n"
+    return Log(sorted(events, key=itemgetter("time")), damaged, foreign)
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+    """The events of `read_log`."""
+    return read_log(out).events
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """A line as an object with a time and an event's name; None where it is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return None
+    at = value.get("time")
+    return value if isinstance(at, float) and math.isfinite(at) else None

@@ -5,7 +5,6 @@ Promise: equal input gives equal bytes; every chunk has its crc32c; rows are in 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from pathology.durable import output_faults
-from pathology.errors import UsageError
-from pathology.store import ATTRIBUTES, HeatmapMeta, codecs
+from pathology.errors import UsageError, one_line
+from pathology.records import check_fields, read_object
+from pathology.store import ATTRIBUTES, HeatmapMeta, codecs, open_array
 
 # Name of the store in the folder of a slide's and model's results.
 STORE_NAME = "features.zarr"
@@ -92,16 +92,14 @@ def open_features(path: str | Path) -> Features:
     path = Path(path)
     store = path / STORE_NAME if (path / STORE_NAME).is_dir() else path
     try:
-        own = json.loads((store / "zarr.json").read_bytes())["attributes"][ATTRIBUTES]
-        vectors, origins = (
-            zarr.open_array(LocalStore(store / name, read_only=True), mode="r", zarr_format=3)
-            for name in ("vectors", "origins")
-        )
+        own = read_object(store / "zarr.json")["attributes"][ATTRIBUTES]
+        check_fields(own, {"l0_tile": (int, float)})
         l0_tile = float(own["l0_tile"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(
-            f"{path} holds no features ({error}); give a {STORE_NAME}, or the result folder that holds one"
+            f"{path} holds no features ({one_line(error)}); give a {STORE_NAME}, or the result folder that holds one"
         ) from None
+    vectors, origins = (open_array(store, name) for name in ("vectors", "origins"))
     meta = HeatmapMeta.from_json(own)
     if vectors.dtype != np.float32 or vectors.shape != (origins.shape[0], meta.spec.features) or origins.shape[1:] != (2,):
         raise UsageError(f"features {store} are damaged: {vectors.dtype} {vectors.shape}; make them again")

@@ -17,18 +17,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from pathology.clock import covered, total
 from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
-from pathology.errors import Reason, SlideError, UsageError
+from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.job import Job
 from pathology.model import ModelSpec
 from pathology.outputs import write_output
 from pathology.outputs.ended import Ended
 from pathology.plan import Plan
+from pathology.records import check_fields, check_files, read_object
+from pathology.seal import sealed, to_json
 from pathology.slide import Slide
 from pathology.stain import Stains
 from pathology.work import Work
@@ -37,11 +40,35 @@ MANIFEST, RESULT = "manifest.json", "result.json"
 BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
 
-SCHEMAS = {MANIFEST: 1, RESULT: 3}
+SCHEMAS = {MANIFEST: 1, RESULT: 4}
+# What is relied on where they are read back.
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    MANIFEST: {"key": str, "fields": dict, "files": dict, "slide_files": dict},
+    RESULT: {
+        **dict.fromkeys(("status", "slide_id", "model", "key", "manifest_sha256", "message"), str),
+        **dict.fromkeys(("seconds", "tissue_mm2"), (int, float)),
+        "tiles": int,
+        "reason": (str, NoneType),
+        "bounds": (list, NoneType),
+        "time": dict,
+        "columns": dict,
+        "slide": str,
+        "input_sha256": (dict, NoneType),
+    },
+}
 
 
-def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stains: Stains | None = None) -> dict[str, Any]:
-    """Build, commit and return the record of a slide all of whose regions are done; `stains` for a model that took them.
+def finish(
+    job: Job,
+    work: Work,
+    plan: Plan,
+    slide: Slide,
+    spec: ModelSpec,
+    stains: Stains | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Build, commit and return the record of a slide all of whose regions are done; `stains` for a model that took them,
+    `hashes` of the slide's whole files where they are wanted.
 
     Raises UsageError where `job.strict` and regions were computed in different environments, SlideError(CORRUPT_TILES)
     where no tile at all could be read.
@@ -65,33 +92,45 @@ def finish(job: Job, work: Work, plan: Plan, slide: Slide, spec: ModelSpec, stai
         manifest = _manifest(partial, job.slide_folder, work)
         (partial / MANIFEST).write_bytes(manifest)
         record = _record(job, work, plan, slide, spec, written, manifest, environments, len(bad_tiles), stains)
-        (partial / RESULT).write_bytes(_json(record))
+        record["input_sha256"] = None if hashes is None else dict(hashes)
+        (partial / RESULT).write_bytes(sealed(record))
         sync_tree(partial)
         _commit(partial, job.result_folder(spec.name), work)
     return record
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """`result.json` of a result folder; None where there is none. Raises UsageError for another schema version."""
-    return _read(folder / RESULT)
+    """`result.json` of a result folder, without its seal; None where there is none. Raises UsageError where it is damaged, or
+    of another schema version."""
+    record = _read(folder / RESULT)
+    return None if record is None else {name: value for name, value in record.items() if name != "seal"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """`manifest.json` of a result folder; None where there is none. Raises UsageError for another schema version."""
+    """`manifest.json` of a result folder; None where there is none. Raises UsageError where it is damaged, or of another schema
+    version. The files it names lie below their folders."""
     return _read(folder / MANIFEST)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_bytes())
-        found = value["schema"]
+        value = read_object(path)
+        check_fields(value, {"schema": int})
+        if value["schema"] == SCHEMAS[path.name]:
+            check_fields(value, FIELDS[path.name])
+            for name in ("files", "slide_files"):
+                check_files(value.get(name, {}))
+            bounds = value.get("bounds") or [0] * 4
+            if len(bounds) != 4 or not all(isinstance(side, int) for side in bounds):
+                raise ValueError("its bounds are no box")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is damaged; replace the result with --overwrite") from None
-    if found != SCHEMAS[path.name]:
-        raise UsageError(f"{path} has schema {found!r}, this version reads {SCHEMAS[path.name]}; use the version that wrote it")
-    return dict(value)
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}); replace the result with --overwrite") from None
+    if value["schema"] != SCHEMAS[path.name]:
+        found, known = value["schema"], SCHEMAS[path.name]
+        raise UsageError(f"{path} has schema {found!r}, this version reads {known}; use the version that wrote it")
+    return value
 
 
 def _bad_tiles_csv(plan: Plan, tiles: Sequence[tuple[int, int]]) -> str:
@@ -121,7 +160,7 @@ def _environments(work: Work, plan: Plan, job: Job) -> list[dict[str, Any]]:
 def _manifest(partial: Path, slide_folder: Path, work: Work) -> bytes:
     files = {str(path.relative_to(partial)): _file_entry(path) for path in partial.rglob("*") if path.is_file()}
     tissue = {name: _file_entry(slide_folder / name) for name in TISSUE_FILES}
-    return _json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
+    return to_json({"schema": SCHEMAS[MANIFEST], "key": work.key, "fields": work.fields, "files": files, "slide_files": tissue})
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -173,6 +212,7 @@ def _record(
         "batch_size": job.batch_size,
         "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
         "columns": dict(job.columns),
+        "job": job.asked(),
         "finished": time.time(),
         "host": socket.gethostname(),
         "version": _version(),
@@ -234,10 +274,6 @@ def _commit(partial: Path, final: Path, work: Work) -> None:
         sync_folder(folder)
     sync_folder(work.folder)
     work.clear()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
 def _version() -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,11 @@ SCHEMA = 1
 # Owner of work that nobody owns.
 FREE = "free"
 
+# Fields of a job that say where and how it runs rather than what it is.
+NOT_ASKED = frozenset(("out", "stage", "stage_bytes", "overwrite", "strict", "columns", "owner"))
+
 Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 ReaderName = Literal["auto", "direct", "openslide", "pillow"]
 
 
@@ -52,6 +56,7 @@ class Job:
     reader       which reader gives the pixels; "auto": the first that suits the file
     fast_decode  decode JPEG at a reduced scale where a coarser picture is wanted: other pixels, sooner
     memory       bytes that a worker may hold in tiles, windows and canvases
+    hash_input   record the sha256 of the slide's whole files
     stage        folder on a local disk that slides are copied to ahead of use; None: read where they are. In a worker: the
                  folder that holds this slide's copy
     stage_bytes  most bytes of slides in `stage` at once
@@ -86,6 +91,7 @@ class Job:
     reader: ReaderName = "auto"
     fast_decode: bool = False
     memory: int = 2**30
+    hash_input: bool = False
     stage: str | None = None
     stage_bytes: int = 2**36
     overwrite: bool = False
@@ -118,6 +124,18 @@ class Job:
                 f"use --overlap {margins} or more"
             )
         return stride
+
+    def asked(self) -> dict[str, Any]:
+        """JSON values of which `Job.again` makes a job that computes the same; its columns stand elsewhere in a record."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_ASKED}
+
+    @staticmethod
+    def again(asked: Mapping[str, Any], columns: Mapping[str, str], out: str) -> Job:
+        """The job that was asked for, with results below `out`. Raises UsageError for what no job of this version has."""
+        try:
+            return Job(**asked, columns=tuple(columns.items()), out=out)
+        except (TypeError, AttributeError) as error:
+            raise UsageError(f"a record names a job of another kind ({error}); run the same again with --overwrite") from None
 
     @property
     def slide_folder(self) -> Path:

@@ -180,11 +180,11 @@ class Leases:
 
 
 def sweep(work: Path) -> None:
-    """Remove below `work` what dead processes drew up or half wrote, and places of slides that nothing is left of."""
+    """Remove below `work` what dead processes made there, by its name, and places of slides that nothing is left of."""
     sweep_temporaries(work)
     for entry in list(work.iterdir()):
-        if entry.name.startswith(CLAIM):
-            if known_dead(entry.name.removeprefix(CLAIM)):
+        if entry.name.startswith("."):
+            if known_dead(entry.name.partition("-")[2]):
                 shutil.rmtree(entry, ignore_errors=True)
         elif entry.is_dir():
             with suppress(OSError):  # not empty

@@ -6,7 +6,6 @@ it is read. A shard that is gone reads as not predicted: the manifest's hashes s
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.geometry import Box, HeatmapFrame
 from pathology.labels import LABELS_NAME, has_labels
 from pathology.model import ModelSpec
-from pathology.store import ATTRIBUTES, STORE_NAME, HeatmapMeta
+from pathology.records import read_object
+from pathology.store import ATTRIBUTES, STORE_NAME, HeatmapMeta, open_array
+
+# Each is half the one before.
+MOST_LEVELS = 32
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -76,7 +78,7 @@ class Heatmap:
     def label_arrays(self) -> tuple[zarr.Array[Any], ...]:
         """The Zarr arrays of the same."""
         levels = range(len(self.arrays) if has_labels(self.spec) else 0)
-        return tuple(_open_array(self.path, f"labels/{LABELS_NAME}/{k}") for k in levels)
+        return tuple(open_array(self.path, f"labels/{LABELS_NAME}/{k}") for k in levels)
 
     def level_shape(self, level: int) -> tuple[int, int]:
         """(height, width) of a level in px."""
@@ -126,20 +128,22 @@ def open_heatmap(path: str | Path) -> Heatmap:
     path = Path(path)
     store = path / STORE_NAME if (path / STORE_NAME).is_dir() else path
     try:
-        root = json.loads((store / "zarr.json").read_bytes())
+        root = read_object(store / "zarr.json")
         attributes = root["attributes"]
         own, levels = attributes[ATTRIBUTES], len(attributes["ome"]["multiscales"][0]["datasets"])
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} is no heatmap; give a {STORE_NAME}, or the result folder that holds one") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UsageError(f"{path} is no heatmap that this program wrote: its zarr.json lacks the attributes of one") from None
+    if levels > MOST_LEVELS:
+        raise UsageError(f"{path} is no heatmap that this program wrote: it lists {levels} levels")
     if not isinstance(own, dict):
         raise UsageError(f"{path} is no heatmap that this program wrote: its attributes `{ATTRIBUTES}` are no object")
     meta = HeatmapMeta.from_json(own)
     shape = (len(meta.spec.classes), *meta.frame.shape)
     arrays: list[zarr.Array[Any]] = []
     for level in range(levels):
-        array, dtype = _open_array(store, str(level)), meta.encoding.dtype
+        array, dtype = open_array(store, str(level)), meta.encoding.dtype
         if array.shape != shape or array.dtype != dtype:
             raise UsageError(
                 f"heatmap {store} is damaged: level {level} is {array.dtype} {array.shape}, not {dtype} {shape}; make it again"
@@ -147,10 +151,3 @@ def open_heatmap(path: str | Path) -> Heatmap:
         arrays.append(array)
         shape = (shape[0], (shape[1] + 1) // 2, (shape[2] + 1) // 2)
     return Heatmap(store, own, meta, tuple(arrays))
-
-
-def _open_array(store: Path, name: str) -> zarr.Array[Any]:
-    try:
-        return zarr.open_array(LocalStore(store / name, read_only=True), mode="r", zarr_format=3)
-    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"heatmap {store} is damaged: level {name} cannot be opened ({error}); make it again") from error

@@ -93,6 +93,10 @@ class TileReader(Reader, Protocol):
         """Make room for what rows of windows like these share."""
         ...
 
+    def blank(self, level: int, box: Box) -> bool:
+        """Whether the file holds none of the tiles under `box`, which is inside the level: all of it is white and no data."""
+        ...
+
     @property
     def slow(self) -> bool:
         """Whether storage is so slow that it should be read well ahead."""
@@ -182,6 +186,10 @@ class Slide:
         """Make room, within the limit the slide was opened with, for what rows of windows like these share."""
         if self._tiles is not None:
             self._tiles.reserve((w.level, w.box, w.reduce) for w in windows)
+
+    def blank(self, level: int, box: Box) -> bool:
+        """Whether it is known without a read that `box`, which is inside the level, is white and no data."""
+        return self._tiles is not None and self._tiles.blank(level, box)
 
     @property
     def slow(self) -> bool:

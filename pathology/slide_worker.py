@@ -35,7 +35,7 @@ from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.models.pool import pooled_spec
 from pathology.plan import Plan, make_plan
-from pathology.readers import open_slide
+from pathology.readers import open_slide, whole_hashes
 from pathology.slide import Slide
 from pathology.staging import slide_path
 from pathology.stain import VERSION as STAIN_VERSION
@@ -147,7 +147,10 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     """
     if job.stage is not None and slide_path(job) == Path(job.slide):
         emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
-    slide, spec = open_slide_of(job), _spec(job)
+    spec = _spec(job)
+    what = {"slide": job.slide_id, "model": spec.name}
+    emit(Path(job.out), "slide-open", what)
+    slide = open_slide_of(job)
     fields = key_fields(job, slide, spec)
     work = Work(job.work_folder(spec.name), fields)
     put_back(job.result_folder(spec.name), work)
@@ -163,27 +166,23 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
     todo = work.todo(plan, whole=job.on_bad_tile == "fail")
-    emit(
-        Path(job.out),
-        "slide-begin",
-        {"slide": job.slide_id, "model": spec.name, "regions": len(plan.regions), "todo": len(todo)},
-    )
-    return Prepared(
-        None,
-        tuple(todo),
-        tuple(len(plan.regions[i].tiles) for i in todo),
-        tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo),
-    )
+    tiles = tuple(len(plan.regions[i].tiles) for i in todo)
+    emit(Path(job.out), "slide-begin", {**what, "regions": len(plan.regions), "todo": len(todo), "tiles": sum(tiles)})
+    return Prepared(None, tuple(todo), tiles, tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo))
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
-    slide, spec = open_slide_of(job), _spec(job)
+    spec = _spec(job)
+    what = {"slide": job.slide_id, "model": spec.name}
+    emit(Path(job.out), "slide-finish", what)
+    slide = open_slide_of(job)
     work, plan = open_work(job)
-    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None)
+    hashes = whole_hashes(slide.path) if job.hash_input else None
+    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
-    emit(Path(job.out), "slide-done", {"slide": job.slide_id, "model": spec.name, "status": record["status"]})
+    emit(Path(job.out), "slide-done", {**what, "status": record["status"], "reason": record["reason"]})
     return record
 
 

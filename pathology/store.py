@@ -8,6 +8,7 @@ one is missing by accident shows only in the result's manifest.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +23,12 @@ from zarr.storage import LocalStore
 
 from pathology.durable import output_faults
 from pathology.encoding import FLOAT32, Encoding
-from pathology.errors import UsageError
+from pathology.errors import UsageError, one_line
 from pathology.geometry import Box, HeatmapFrame
 from pathology.labels import LABELS_NAME, has_labels, label_attributes, label_block, label_dtype
 from pathology.model import DetectionRule, ModelSpec, ReadRule
 from pathology.pyramid import NGFF_VERSION, Level, ShardGather, Window, make_levels, ngff_attributes
+from pathology.records import check_fields, read_object
 
 SCHEMA = 2
 
@@ -36,6 +38,12 @@ STORE_NAME = "heatmap.ome.zarr"
 ATTRIBUTES = "pathology"
 
 ZSTD_LEVEL = 3
+
+# What arrays are opened with, and no others: a codec may unpickle, or make gigabytes of a few bytes.
+OWN_CODECS = {"bytes", "zstd", "crc32c"}
+MOST_AXES, MOST_PX, MOST_CHUNK_BYTES = 4, 2**31, 2**29
+# What zarr raises on metadata that are not what it expects.
+NOT_UNDERSTOOD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,8 @@ class HeatmapMeta:
         try:
             frame, model = values["frame"], values["model"]
             height, width = frame["shape"]
+            check_fields(values, {"tile_px": int, "stride_px": int, "fingerprint": str, "provenance": dict})
+            check_fields(frame, {"l0_pixel": (int, float), "slide_mpp": (int, float), "l0_origin": (int, float, list)})
             return HeatmapMeta(
                 frame=HeatmapFrame((height, width), frame["l0_origin"], frame["l0_pixel"], frame["slide_mpp"]),
                 spec=_spec(model),
@@ -94,8 +104,10 @@ class HeatmapMeta:
                 provenance=values["provenance"],
                 encoding=Encoding(**{name: values["encoding"][name] for name in ("dtype", "low", "high")}),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"heatmap's own attributes are damaged ({error}); make the heatmap again") from error
+        except UsageError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UsageError(f"heatmap's own attributes are damaged ({one_line(error)}); make the heatmap again") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +216,32 @@ def _window(meta: HeatmapMeta) -> Window:
         return low, high, low, high
     start, end = meta.encoding.encode(np.array([low, high], np.float32)).tolist()
     return 0, 255, start, end
+
+
+def open_array(store: Path, name: str) -> zarr.Array[Any]:
+    """An array of a store that this program wrote, for reading; nothing of it is read but its metadata.
+
+    Raises UsageError for metadata that are damaged, name codecs that are not ours, or chunks larger than we write.
+    """
+    try:
+        _check_array(read_object(store / name / "zarr.json"))
+        return zarr.open_array(LocalStore(store / name, read_only=True), mode="r", zarr_format=3)
+    except NOT_UNDERSTOOD as error:
+        raise UsageError(f"{store} is damaged: array {name} cannot be opened ({one_line(error)}); make it again") from error
+
+
+def _check_array(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError for more than a reader should be given."""
+    if len(metadata["shape"]) > MOST_AXES or max(metadata["shape"], default=0) > MOST_PX:
+        raise ValueError(f"its shape is {metadata['shape']}")
+    chunk, stages = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
+    if stages[0]["name"] == "sharding_indexed":
+        inside = stages[0]["configuration"]
+        chunk, stages = inside["chunk_shape"], [*inside["codecs"], *inside["index_codecs"], *stages[1:]]
+    if unknown := {stage["name"] for stage in stages} - OWN_CODECS:
+        raise ValueError(f"its codecs are {', '.join(sorted(map(str, unknown)))}")
+    if math.prod(chunk) * 8 > MOST_CHUNK_BYTES:
+        raise ValueError(f"its chunks are {chunk}")
 
 
 def codecs() -> list[ZstdCodec | Crc32cCodec]:

@@ -61,8 +61,11 @@ def reduced_blocks(
     for y in range(0, extent.height, side):
         for x in range(0, extent.width, side):
             box = Box(y, x, side, side).intersect(extent)
-            rgb, valid = _readable(slide, level, box, corrupt)
             small = Box(y // factor, x // factor, -(-box.height // factor), -(-box.width // factor))
+            if slide.blank(level, box):  # most of a huge slide may be
+                yield small, np.full((*small.shape, 3), WHITE, np.uint8), np.zeros(small.shape, bool)
+                continue
+            rgb, valid = _readable(slide, level, box, corrupt)
             if factor == 1:
                 yield small, rgb, valid
                 continue

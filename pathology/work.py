@@ -27,6 +27,7 @@ from pathology.errors import UsageError
 from pathology.geometry import Box
 from pathology.job import key_difference, key_of
 from pathology.plan import Plan, Region
+from pathology.records import MOST_BYTES, MOST_WORK_BYTES, check_fields, read_object
 from pathology.stitch import bands
 
 SCHEMA = 3
@@ -86,8 +87,8 @@ class Work:
 
         Raises UsageError, with the difference named, if unfinished work of another key lies here and `overwrite` is off.
         """
-        record = self._read(self.folder / "plan.json")
-        if record is not None and record.get("schema") == SCHEMA:
+        record = self._record()
+        if record is not None:
             if record["fields"] == self.fields:
                 self._plan_sha256 = _sha256(record["plan"].encode())
                 sweep_temporaries(self.folder / "regions")
@@ -103,14 +104,15 @@ class Work:
         make_folders(self.folder / "regions", within=self.folder.parent)
         for folder in self.folder.parents[:3]:  # which a claim has not made to last
             sync_folder(folder)
-        write_file(self.folder / "plan.json", _json({"schema": SCHEMA, "fields": self.fields, "plan": text}))
+        record = {"schema": SCHEMA, "fields": self.fields, "plan": text}
+        write_file(self.folder / "plan.json", _json({**record, "sha256": _sha256(_json(record))}))
         self._plan_sha256 = _sha256(text.encode())
         return Plan.from_json(text)
 
     def resume(self) -> Plan:
         """The plan that work of this key was begun by. Raises UsageError where none was."""
-        record = self._read(self.folder / "plan.json")
-        if record is None or record.get("schema") != SCHEMA or record["fields"] != self.fields:
+        record = self._record()
+        if record is None or record["fields"] != self.fields:
             raise UsageError(f"unfinished work of slide {self._slide} is gone or was replaced; run the same again")
         self._plan_sha256 = _sha256(record["plan"].encode())
         return Plan.from_json(record["plan"])
@@ -213,11 +215,26 @@ class Work:
             sync_folder(self.folder)
             shutil.rmtree(self.folder)
 
+    def _record(self) -> dict[str, Any] | None:
+        """What work was begun by: {fields, plan}; None where none was, or it is not what was written: a plan is not guessed."""
+        record = self._read(self.folder / "plan.json", MOST_WORK_BYTES)
+        if record is None or record.get("schema") != SCHEMA:
+            return None
+        expected = record.pop("sha256", None)
+        return record if expected == _sha256(_json(record)) else None
+
     def _marker(self, index: int) -> dict[str, Any] | None:
         """The marker that names this key and plan; None where there is none. Says nothing of the staged bytes."""
         marker = self._read(self._path(index, "json"))
         expected = {"schema": SCHEMA, "key": self.key, "plan": self._plan_sha256, "region": index}
-        return None if marker is None or any(marker.get(k) != v for k, v in expected.items()) else marker
+        if marker is None or any(marker.get(k) != v for k, v in expected.items()):
+            return None
+        try:
+            check_fields(marker, {"sha256": list, "counts": dict, "environment": dict, "bad_tiles": list})
+        except ValueError:
+            return None
+        tiles = marker["bad_tiles"]
+        return marker if all(isinstance(t, list) and len(t) == 2 and all(type(n) is int for n in t) for t in tiles) else None
 
     def _done(self, region: Region) -> bool:
         """Whether the staged bytes are the ones that the marker names."""
@@ -258,13 +275,12 @@ class Work:
         return self.folder / "regions" / f"{index:06d}.{suffix}"
 
     @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
+    def _read(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any] | None:
         """A JSON object, or None where there is none that parses."""
         try:
-            value = json.loads(path.read_bytes())
+            return read_object(path, most_bytes)
         except (FileNotFoundError, ValueError):
             return None
-        return value if isinstance(value, dict) else None
 
 
 def _sha256(data: bytes) -> str:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pathology.clock import total
 from pathology.durable import make_folders, output_faults
-from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError
+from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
@@ -79,9 +79,11 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     out = settings.out
     make_folders(out / ".work")
     with _stop_on_signals() as stop:
-        emit(out, "run-begin", {"jobs": len(jobs), "device": device})
+        ids = list(dict.fromkeys(job.slide_id for job in jobs))
+        names = [specs[ref].name for ref in models]
+        emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
         report = _Report(len(jobs), conduct.log_format)
-        failed = 0
+        failed, why = 0, ""
         try:
             known = known_failures(jobs, {ref: spec.name for ref, spec in specs.items()}, conduct.retry_failed)
             todo = []
@@ -91,6 +93,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     todo.append(job)
                 else:
                     failed += 1
+                    _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
             outcomes = run(
                 todo,
@@ -110,13 +113,17 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     report.outcome(outcome, spec)
                     failed += outcome.status in ("failed", "partial")
                     if conduct.max_failures is not None and failed > conduct.max_failures:
-                        most = conduct.max_failures
-                        report.line(f"stopped: {failed} slides failed or partial, more than --max-failures {most}")
+                        why = f"{failed} slides failed or partial, more than --max-failures {conduct.max_failures}"
+                        report.line(f"stopped: {why}")
                         break
+        except BaseException as error:
+            why = one_line(error)
+            raise
         finally:
+            with suppress(EnvironmentFault):  # told below, where it matters more than its event
+                emit(out, "run-end", {"failed": failed, "why": why})
             report.close()
             write_summary(out)
-        emit(out, "run-end", {"failed": failed})
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
@@ -137,11 +144,12 @@ def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, c
 def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
     """Put an outcome on record, and make the exports that were asked for."""
     job = outcome.job
-    if outcome.record is None:
-        if outcome.before:
-            return  # it is on record
+    if outcome.before:
+        _emit_kept(outcome, model_name)
+    elif outcome.record is None:
         emit(Path(job.out), "slide-failed", {"slide": job.slide_id, "model": model_name, "reason": outcome.reason})
         write_failure(outcome, model_name)
+    if outcome.record is None:
         return
     clear_failure(job, model_name)
     for kind in exports:
@@ -149,6 +157,12 @@ def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
 
         with output_faults(job.result_folder(model_name)):
             export_result(job.result_folder(model_name), kind)
+
+
+def _emit_kept(outcome: Outcome, model_name: str) -> None:
+    reason = outcome.reason if outcome.record is None else outcome.record["reason"]
+    what = {"slide": outcome.job.slide_id, "model": model_name}
+    emit(Path(outcome.job.out), "slide-kept", {**what, "status": outcome.status, "reason": reason})
 
 
 class _Report:
@@ -208,7 +222,8 @@ class _Report:
             self.line(json.dumps(facts))
         elif record is not None:
             before = "   done before" if outcome.before else ""
-            tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2"
+            found = f"   {record['detections']} found" if "detections" in record else ""
+            tissue = f"{record['tiles']} tiles   {record['tissue_mm2']:.2f} mm2{found}"
             damage = f"   {record['reason']}: {record['message']}" if record["reason"] else ""
             halved = f"   memory ran out: batches of {n} tiles" if (n := record.get("halved_to")) else ""
             spent = f"{record['seconds']:.1f} s"

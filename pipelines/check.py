@@ -1,17 +1,21 @@
-"""What would run, and what would fail. Promise: slides are opened and planned as in a run, nothing is inferred or written."""
+"""What would run, and what would fail. Promise: slides are opened and planned as in a run, nothing is inferred or written, and
+none is opened in this process: one that crashes a library, or never comes back, is a row of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from pathology.apart import DEADLINE_S, Apart
 from pathology.batch_size import cpu_batch
 from pathology.cores import core_count
 from pathology.encoding import choose_encoding
-from pathology.errors import SlideError, UsageError
-from pathology.job import Job
+from pathology.errors import PathologyError, SlideError, UsageError
+from pathology.job import Job, ReaderName
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
@@ -19,11 +23,16 @@ from pathology.models.pool import pooled_spec
 from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
-from pathology.slide import Slide, SlideInfo
+from pathology.slide import SlideInfo
 from pathology.slide_worker import plan_slide
 from pathology.together import groups
 from pipelines.config import Settings, make_jobs, tissue_model
 from pipelines.slides import SlideEntry
+
+# More readers at once do not make storage faster.
+MOST_PROCESSES = 8
+# Tissue is found on pixels, which may lie on slow storage.
+PLAN_DEADLINE_S = 1800.0
 
 COLUMNS = (
     "id",
@@ -66,33 +75,56 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
     if tissue_model(settings) is not None:
         settings = replace(settings, tissue="none")  # not known before the run: the most that it can come to
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
+    jobs = [[_with_batch_size(job, specs[job.model]) for job in _jobs(entry, models, settings)] for entry in slides]
+    cards = [[specs[job.model] for job in of_slide] for of_slide in jobs]
     peak = 0
-    for entry in slides:
-        try:
-            mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
-            with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader) as slide:
-                if not models:
-                    yield Verdict(entry, slide.info)
-                jobs = make_jobs([entry], models, settings, "cpu") if models else []
-                jobs = [_with_batch_size(job, specs[job.model]) for job in jobs]
-                planned = _planned(jobs, [specs[job.model] for job in jobs], slide)
-                if planned and not peak:
-                    tried = [replace(job, threads=job.threads or core_count()) for job in jobs]
-                    peak = model_peak(tried, MODULES["device"])
-                for job in jobs:
-                    together = next(group for group in planned if any(job is other for _, _, other in group))
-                    yield _verdict(entry, slide.info, job, together, peak)
-        except SlideError as error:
-            yield Verdict(entry, reason=error.reason, message=str(error))
+    with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S if models else DEADLINE_S) as apart:
+        calls = ((repr(one[0].path.name), (*one, settings)) for one in zip(slides, jobs, cards, strict=True))
+        answers = apart.results(_look, calls)
+        for entry, of_slide, theirs, found in zip(slides, jobs, cards, answers, strict=True):
+            if isinstance(found, SlideError):
+                yield Verdict(entry, reason=found.reason, message=str(found))
+                continue
+            if isinstance(found, PathologyError):
+                raise found
+            info, plans = found
+            if not models:
+                yield Verdict(entry, info)
+                continue
+            planned = [[(plans[p], theirs[p], of_slide[p]) for p in places] for places in groups(of_slide, theirs)]
+            peak = peak or model_peak([replace(j, threads=j.threads or core_count()) for j in of_slide], MODULES["device"])
+            for job in of_slide:
+                together = next(group for group in planned if any(job is other for _, _, other in group))
+                yield _verdict(entry, info, job, together, peak)
 
 
-def _planned(jobs: Sequence[Job], specs: Sequence[ModelSpec], slide: Slide) -> list[list[tuple[Plan, ModelSpec, Job]]]:
-    """The jobs of a slide by what is run together."""
-    planned = []
-    for places in groups(jobs, specs):
-        together = [specs[place] for place in places]
-        planned.append([(plan_slide(jobs[p], slide, specs[p], together)[1], specs[p], jobs[p]) for p in places])
-    return planned
+def look(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
+    """What is known of a slide, which is opened in a process apart. Raises SlideError."""
+    with Apart(1) as apart:
+        info: SlideInfo = apart.call(repr(path.name), _info, path, slide_mpp, force, reader)
+    return info
+
+
+def _info(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
+    with open_slide(path, slide_mpp, force=force, reader=reader) as slide:
+        return slide.info
+
+
+def _look(
+    entry: SlideEntry, jobs: Sequence[Job], specs: Sequence[ModelSpec], settings: Settings
+) -> tuple[SlideInfo, dict[int, Plan]]:
+    """What is known of a slide, and the plan of each job by its place among them."""
+    mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
+    plans: dict[int, Plan] = {}
+    with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader, headers_only=not jobs) as slide:
+        for places in groups(jobs, specs):
+            together = [specs[place] for place in places]
+            plans |= {p: plan_slide(jobs[p], slide, specs[p], together)[1] for p in places}
+        return slide.info, plans
+
+
+def _jobs(entry: SlideEntry, models: Sequence[str], settings: Settings) -> Sequence[Job]:
+    return make_jobs([entry], models, settings, "cpu") if models else []
 
 
 def _with_batch_size(job: Job, spec: ModelSpec) -> Job:

@@ -20,6 +20,7 @@ import click
 from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors, printable
 from pipelines.recipes import known_recipes, recipe_option
+from pipelines.result_commands import status, verify
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
@@ -196,6 +197,7 @@ def job_options(command: Command) -> Command:
 @click.option("--retry-failed", is_flag=True, help="Try slides again that failed before.")
 @click.option("--max-failures", type=int, help="Stop after more than N failed or partial slides.")
 @click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed or partial slides.")
+@click.option("--hash-input", is_flag=True, help="Record the sha256 of each slide's whole files, for verify --verify-input.")
 @click.option("--strict", is_flag=True, help="Refuse a slide whose regions were computed in different environments.")
 @click.option(
     "--stage", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Copy slides to this local disk first."
@@ -236,6 +238,7 @@ def run(
     log_format: Literal["text", "json"],
     limit: int | None,
     overwrite: bool,
+    hash_input: bool,
     strict: bool,
     stage: Path | None,
     stage_size: float,
@@ -271,6 +274,7 @@ def run(
         threads=threads,
         overwrite=overwrite,
         strict=strict,
+        hash_input=hash_input,
         stage=stage,
         stage_bytes=int(stage_size * 2**30),
     )
@@ -322,10 +326,9 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
 @one_line_errors
 def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json: bool) -> None:
     """Show what is known of SLIDE: size, levels, resolution and its source, reader and why that one."""
-    from pathology.readers import open_slide
+    from pipelines.check import look
 
-    with open_slide(slide, slide_mpp, force=force, reader=reader) as opened:
-        known = asdict(opened.info)
+    known = asdict(look(Path(slide), slide_mpp, force, reader))
     if as_json:
         click.echo(json.dumps(known))
         return
@@ -378,21 +381,8 @@ def recipes() -> None:
         click.echo(f"{name:<24} {description}")
 
 
-@main.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@one_line_errors
-def verify(folder: Path) -> None:
-    """Hash every file of the results in FOLDER and name those that are not what was written; exit 1 if there are any."""
-    from pathology.integrity import verify as differences
-
-    found = 0
-    for difference in differences(folder):
-        found += 1
-        click.echo(f"{difference.what:<11} {printable(difference.path)}")
-    if found:
-        click.echo(f"{found} files differ; run with --overwrite to compute these results again", err=True)
-        sys.exit(1)
-    click.echo("all files are as they were written")
+main.add_command(status)
+main.add_command(verify)
 
 
 @main.command()

@@ -42,6 +42,7 @@ class Settings:
     on_bad_tile: Literal["mask", "fail"] = "mask"
     overwrite: bool = False
     strict: bool = False
+    hash_input: bool = False
     stage: Path | None = None
     stage_bytes: int = 64 * 2**30
 
@@ -67,12 +68,12 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     """
     from pathology.cores import memory_limit_bytes
     from pathology.device import choose_precision
-    from pathology.models import is_network
+    from pathology.models import precisions
 
     if len(set(models)) < len(models):
         raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
     found = _tissue(settings)
-    precisions = {model: choose_precision(settings.precision, device, is_network(model)) for model in models}
+    chosen = {model: choose_precision(settings.precision, device, precisions(model), model) for model in models}
     return [
         Job(
             slide=str(slide.path),
@@ -96,11 +97,12 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             reader=settings.reader,
             fast_decode=settings.fast_decode,
             memory=settings.memory or default_memory(memory_limit_bytes()),
-            precision=precisions[model],
+            precision=chosen[model],
             compile=settings.compile,
             on_bad_tile=settings.on_bad_tile,
             overwrite=settings.overwrite,
             strict=settings.strict,
+            hash_input=settings.hash_input,
             stage=_path(settings.stage),
             stage_bytes=settings.stage_bytes,
             columns=slide.columns,

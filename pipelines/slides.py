@@ -16,6 +16,8 @@ from pathology.readers.dicom import WHOLE_SLIDE, Instance, folder_instances, may
 # What a folder is searched for, beside DICOM, which its content tells; a file that is named is tried whatever it is called.
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide"}
 PICTURES = {".png", ".jpg", ".jpeg"}
+# What the folder of a slide's results holds, as `pathology.finish.TISSUE_FILES`, whose import takes long.
+OF_RESULTS = {"tissue.geojson", "tissue.png"}
 SLIDE_COLUMNS = ("slide", "wsi")
 OWN_COLUMNS = {*SLIDE_COLUMNS, "slide_mpp", "id", "mask", "roi"}
 
@@ -43,7 +45,9 @@ class SlideEntry:
 def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: bool = False) -> list[SlideEntry]:
     """The slides in `named`: files as they are, folders searched to the bottom, `.csv` files read as slide lists.
 
-    A DICOM series of whole-slide images is one slide, however many of its files are found or named.
+    A DICOM series of whole-slide images is one slide, however many of its files are found or named. In a folder that is
+    searched results of earlier runs are left out, links to folders are not followed, and a link to a slide that is found by
+    itself is not a second one.
 
     out       an output folder inside a searched folder is left out
     pictures  search folders for PNG and JPEG as well: they state no resolution, so only with --slide-mpp
@@ -54,7 +58,7 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
     folders: dict[Path, tuple[Instance, ...]] = {}
     for name in (Path(n).absolute() for n in named):  # a worker elsewhere has another working directory
         if name.is_dir():
-            entries += _folder(name, out, SUFFIXES | PICTURES if pictures else SUFFIXES)
+            entries += _without_links(_folder(name, out, SUFFIXES | PICTURES if pictures else SUFFIXES))
         elif name.suffix.lower() == ".csv":
             entries += _slide_list(name)
         else:
@@ -84,6 +88,9 @@ def share(entries: Sequence[SlideEntry], number: int, of: int) -> list[SlideEntr
 def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[SlideEntry]:
     skipped = None if out is None else out.resolve()
     for at, folders, files in os.walk(folder):
+        if {*files} >= OF_RESULTS:
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(at) / f).resolve() != skipped)
         series: dict[str, list[Instance]] = {}
         for name in sorted(files):
@@ -102,6 +109,23 @@ def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[Slid
                 yield SlideEntry(path, slide_id(path.relative_to(folder).as_posix()), folder)
         for uid in sorted(series):
             yield _series(series[uid], folder)
+
+
+def _without_links(found: Iterator[SlideEntry]) -> Iterator[SlideEntry]:
+    """The entries but for links to one of them."""
+    entries = list(found)
+    links = {entry.path for entry in entries if entry.path.is_symlink()}
+    if links:
+        kept = {entry.path.resolve() for entry in entries if entry.path not in links}
+        entries = [entry for entry in entries if entry.path not in links or _target(entry.path) not in kept]
+    yield from entries
+
+
+def _target(link: Path) -> Path | None:
+    try:
+        return link.resolve(strict=True)
+    except (OSError, RuntimeError):  # to nowhere, or to itself: for the reader to say
+        return None
 
 
 def _file(path: Path, folders: dict[Path, tuple[Instance, ...]]) -> SlideEntry:

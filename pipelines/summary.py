@@ -16,11 +16,13 @@ from pathology.durable import make_folders, sweep_temporaries, write_file
 from pathology.errors import Reason
 from pathology.finish import RESULT, read_record
 from pathology.job import FREE, Job, key_of
+from pathology.records import check_fields, read_object
 from pathology.runner import Outcome
 
 SCHEMA = 1
+# Of a job: what changes no answer.
+NOT_ASKED = ("stage", "stage_bytes", "threads", "readers", "hash_input", "owner")
 FAILED = "failed.json"
-NOT_ASKED = {"stage", "stage_bytes", "threads", "readers", "owner"}
 FIRST_COLUMNS = ("slide", "id", "model", "status", "reason", "message", "tiles", "bad_tiles", "tissue_mm2")
 
 
@@ -48,7 +50,7 @@ def read_failure(job: Job, model_name: str) -> Outcome | None:
     """The failure of any run of this very job on this very file; None if anything about it has changed."""
     path = _failure(job, model_name)
     try:
-        record = {} if path is None else json.loads(path.read_bytes())
+        record = {} if path is None else read_object(path)
         if record["schema"] != SCHEMA or record["asked"] != _asked(job):
             return None
         return Outcome(job, "failed", reason=Reason(record["reason"]), message=record["message"], before=True)
@@ -92,7 +94,9 @@ def _table(out: Path) -> bytes:
     records = sorted(_records(out), key=lambda r: (r["slide_id"], r["model"]))
     classes = list(dict.fromkeys(name for r in records for name in r.get("classes", {})))
     own = list(dict.fromkeys(name for r in records for name in r["columns"]))
-    statistics = [f"{name}_{what}" for name in classes for what in ("mean", "max", "area_mm2")]
+    counted = any("count" in found for r in records for found in r.get("classes", {}).values())
+    what = ("mean", "max", "area_mm2", *(("count",) if counted else ()))
+    statistics = [f"{name}_{of_class}" for name in classes for of_class in what]
     columns = [*FIRST_COLUMNS, *statistics, "seconds"]
     columns += [name if name not in columns else f"{name}_" for name in own]
     text = io.StringIO()
@@ -102,7 +106,7 @@ def _table(out: Path) -> bytes:
         values = [record.get(n if n != "id" else "slide_id", "") for n in FIRST_COLUMNS]
         for name in classes:
             found = record.get("classes", {}).get(name, {})
-            values += [found.get(what) for what in ("mean", "max", "area_mm2")]
+            values += [found.get(of_class) for of_class in what]
         values += [record.get("seconds"), *(record["columns"].get(name, "") for name in own)]
         writer.writerow(["" if v is None else v for v in values])
     return text.getvalue().encode("utf-8", "backslashreplace")
@@ -117,7 +121,8 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
             yield record
     for path in sorted((out / ".work").glob(f"*/*/*/{FAILED}")):
         try:
-            record = json.loads(path.read_bytes())
+            record = read_object(path)
+            check_fields(record, {"slide_id": str, "model": str, "columns": dict})
         except (FileNotFoundError, ValueError):
             continue
         if (record["slide_id"], record["model"]) not in done:

@@ -11,6 +11,8 @@ import pathology
 from pathology.runner import run
 from tests.slides import noise_pixels, write_tiff
 
+pytest_plugins = ["pytester", "tests.fault_table"]
+
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 

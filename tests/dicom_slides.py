@@ -119,18 +119,21 @@ def write_series(
     suffix: str = ".dcm",
     prefix: str = "",
     jpeg: bool = False,
+    private: bytes = b"",
 ) -> list[Path]:
-    """A slide of a file a level and its label; the first file is level 0."""
+    """A slide of a file a level and its label; the first file is level 0. `private`: as for `write_instance`, in all files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, (level, downsample) in enumerate(zip(pyramid(pixels, downsamples), downsamples, strict=True)):
         kind = "DERIVED\\PRIMARY\\VOLUME\\RESAMPLED" if number else "ORIGINAL\\PRIMARY\\VOLUME\\NONE"
         path = folder / f"{prefix}{number}{suffix}"
-        write_instance(path, series, f"{series}.{number + 10}", level, image_type=kind, mpp=mpp * downsample, jpeg=jpeg)
+        uid, side = f"{series}.{number + 10}", mpp * downsample
+        write_instance(path, series, uid, level, image_type=kind, mpp=side, jpeg=jpeg, private=private)
         paths.append(path)
     label = folder / f"{prefix}label{suffix}"
     kind = "ORIGINAL\\PRIMARY\\LABEL\\NONE"
-    return [*paths, write_instance(label, series, f"{series}.2", pixels[:128, :128], image_type=kind, jpeg=jpeg)]
+    picture = pixels[:128, :128]
+    return [*paths, write_instance(label, series, f"{series}.2", picture, image_type=kind, jpeg=jpeg, private=private)]
 
 
 def _compressed(frames: Sequence[Pixels]) -> bytes:

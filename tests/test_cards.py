@@ -28,8 +28,8 @@ from safetensors.torch import save
 from torch import nn
 
 import pathology
-from pathology.errors import ModelError
-from pathology.models import add_model, is_network, load_model, load_spec
+from pathology.errors import ModelError, UsageError
+from pathology.models import add_model, load_model, load_spec, precisions
 from pathology.models.card import CARD, read_card, toml_value
 from pathology.models.checks import warm_up
 from pathology.models.weights import common_prefix
@@ -200,7 +200,7 @@ def test_scores_are_those_by_hand(tmp_path: Path, format: str) -> None:
     model = load_model(str(folder))
     assert model.spec == load_spec(str(folder))
     np.testing.assert_allclose(model(tiles()), expected_scores(seeded(), tiles()), atol=1e-6)
-    assert is_network(str(folder)) == (format != "onnx")
+    assert bool(precisions(str(folder))) == (format != "onnx")
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -210,6 +210,9 @@ def test_an_onnx_graph_of_fixed_batch_size_is_given_such(tmp_path: Path, batch: 
 
 
 def test_onnx_says_what_it_cannot(tmp_path: Path) -> None:
+    asked = folder_of(tmp_path / "asked", "onnx", top={"precisions": ["fp32"]})
+    with pytest.raises(ModelError, match="precisions are for torch networks, and ONNX computes as it was exported"):
+        load_spec(str(asked))
     folder = folder_of(tmp_path / "m", "onnx")
     with pytest.raises(ModelError, match="ONNX, which runs on the CPU here; pass --device cpu"):
         load_model(str(folder), "cuda:0")
@@ -331,6 +334,8 @@ def test_the_shipped_schema_takes_the_cards_that_are_made(tmp_path: Path) -> Non
         ({"output": {"classes": None}}, "output must contain .*'classes'"),
         ({"weights": {"file": "../weights.safetensors"}}, r"weights.file must match pattern"),
         ({"weights": {"architecture": None}}, "weights must contain .*'architecture'"),
+        ({"top": {"precisions": []}}, "precisions must contain at least 1 items"),
+        ({"top": {"precisions": ["int8"]}}, "precisions.* must be one of"),
         ({"top": {"schema": 2}}, "has schema 2, this program knows 1; update the program"),
     ],
 )
@@ -339,6 +344,25 @@ def test_a_card_that_is_not_understood_is_refused(tmp_path: Path, changes: dict[
         load_spec(str(folder_of(tmp_path / "m", **changes)))
     assert str(tmp_path / "m") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torchscript"])
+def test_a_card_says_what_its_network_may_be_computed_in(tmp_path: Path, format: str) -> None:
+    both = folder_of(tmp_path / "both", format, top={"precisions": ["bf16", "fp32"]})
+    one = folder_of(tmp_path / "one", format, top={"precisions": ["fp32"]})
+    for folder in (both, one):
+        if format == "torchscript":
+            trusted(folder, FILES[format])
+    assert (precisions(str(both)), precisions(str(one))) == (("bf16", "fp32"), ("fp32",))
+    load_model(str(both), precision="bf16")
+    with pytest.raises(UsageError, match="model small allows fp32 only, by its card; use --precision fp32"):
+        load_model(str(one), precision="bf16")
+    asked = ["--model", str(one), "--precision", "bf16", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = CliRunner().invoke(main, ["run", str(ROOT / "sample_data/sample.svs"), *asked])
+    assert (done.exit_code, done.output) == (
+        2,
+        f"pathology: model {one} allows fp32 only, by its card; use --precision fp32\n",
+    )
 
 
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -364,6 +388,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.fault("M01", "M06")
 def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, legacy: bool) -> None:
     marker = tmp_path / "ran"
     content = {"state_dict": seeded().state_dict(), "callbacks": Payload(marker)}
@@ -397,6 +422,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, legacy: bool) -> No
         assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.fault("M01")
 def test_a_plain_malicious_pickle_runs_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(marker)))
@@ -406,6 +432,7 @@ def test_a_plain_malicious_pickle_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["torchscript", "pt2"])
+@pytest.mark.fault("M02", "M03")
 def test_what_runs_code_is_not_looked_into_before_it_is_trusted(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,6 +460,7 @@ def test_a_function_named_by_a_card_is_called_only_when_the_card_is_trusted(tmp_
 
 
 @pytest.mark.parametrize("architecture", ["os:system", "unittest.__main__:x", "antigravity:x", "pip.__main__:x"])
+@pytest.mark.fault("M09")
 def test_modules_that_hold_no_networks_are_not_even_imported(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,6 +490,7 @@ def broken(state: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | None
         ),
     ],
 )
+@pytest.mark.fault("M05", "M07")
 def test_weights_that_are_damaged_or_do_not_fit_are_refused(
     tmp_path: Path, data: Callable[[dict[str, torch.Tensor]], bytes], message: str
 ) -> None:
@@ -470,6 +499,7 @@ def test_weights_that_are_damaged_or_do_not_fit_are_refused(
     assert "weights.safetensors of model small" in str(caught.value)
 
 
+@pytest.mark.fault("M04")
 def test_another_file_than_the_cards_is_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m")
     (folder / "weights.safetensors").write_bytes(save(Small().state_dict()))

@@ -37,6 +37,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("model", "mode"), [(IDENTITY, []), (MEAN, []), (IDENTITY, ["overwrite"])], ids=["dense", "classes", "overwrite"]
 )
+@pytest.mark.fault("F01", "F19")
 def test_killed_at_every_file_operation_in_turn(shim: Path, model: str, mode: list[str], tmp_path: Path) -> None:
     slide = write_tiff(tmp_path / "s.svs", [smooth_pixels(170, 180)])
     environment = {**os.environ, "LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
@@ -64,6 +65,7 @@ def children(marker: str) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F01")
 def test_killed_at_thirty_random_moments(tmp_path: Path) -> None:
     slide = write_tiff(tmp_path / "s.svs", [smooth_pixels(1600, 1600)])
     command = [

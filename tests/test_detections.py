@@ -287,7 +287,8 @@ def test_a_run_writes_a_table_and_the_density(marked: tuple[Path, set[Place]], t
     assert outcome.record is not None
     assert outcome.record["output"] == "detections"
     assert outcome.record["detections"] == 300
-    assert [c["count"] for c in outcome.record["classes"].values()] == [150, 150]
+    classes = outcome.record["classes"]
+    assert [c["count"] for c in classes.values()] == [150, 150]
     heatmap = open_heatmap(folder)
     density = heatmap.read(0, detections.Box(0, 0, *heatmap.frame.shape))
     counts = density * heatmap.frame.mpp**2 / 1e6
@@ -295,6 +296,8 @@ def test_a_run_writes_a_table_and_the_density(marked: tuple[Path, set[Place]], t
     for y, x, number in truth:
         expected[number, y // 16, x // 16] += 1  # 64 px a tile, 4 px of density across it
     assert np.allclose(counts, expected, rtol=1e-6)
+    areas = [(of_class > 0).sum() * heatmap.frame.mpp**2 / 1e6 for of_class in expected]
+    assert [c["area_mm2"] for c in classes.values()] == pytest.approx(areas)
     assert heatmap.spec.units == "per mm2"
     assert not list(verify_result(folder))
 

@@ -31,6 +31,7 @@ from pathology.device import (
     set_threads,
 )
 from pathology.errors import EnvironmentFault, UsageError
+from pathology.job import PRECISIONS, Precision
 
 CPU_TORCH = TorchFacts("2.13.0+cpu", cuda_build=False, cuda_count=0, mps=False)
 CUDA_TORCH = TorchFacts("2.13.0", cuda_build=True, cuda_count=2, mps=False)
@@ -127,7 +128,7 @@ NEW_CUDA = TorchFacts("2.13.0", cuda_build=True, cuda_count=2, mps=False, cuda_b
     ],
 )
 def test_precision_is_settled_in_the_driver(name: str, device: str, network: bool, facts: TorchFacts, chosen: str) -> None:
-    assert choose_precision(name, device, network, facts) == chosen
+    assert choose_precision(name, device, PRECISIONS if network else (), "own", facts) == chosen
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,39 @@ def test_precisions_that_are_not_to_be_had_are_refused(
     name: str, device: str, network: bool, facts: TorchFacts, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_precision(name, device, network, facts)
+        choose_precision(name, device, PRECISIONS if network else (), "own", facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "allowed", "facts", "chosen"),
+    [
+        ("auto", "cuda", ("fp32",), NEW_CUDA, "fp32"),
+        ("auto", "cuda", ("fp32", "fp16"), NEW_CUDA, "fp16"),
+        ("auto", "cuda:1", ("fp32", "bf16"), CUDA_TORCH, "fp32"),  # which has no bf16
+        ("auto", "cpu", ("bf16", "fp16"), CPU_TORCH, "bf16"),
+        ("bf16", "cpu", ("bf16",), CPU_TORCH, "bf16"),
+    ],
+)
+def test_a_precision_is_one_that_the_card_allows(
+    name: str, device: str, allowed: tuple[Precision, ...], facts: TorchFacts, chosen: str
+) -> None:
+    assert choose_precision(name, device, allowed, "own", facts) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "allowed", "message"),
+    [
+        ("bf16", "cpu", ("fp32",), "model own allows fp32 only, by its card; use --precision fp32"),
+        ("fp32", "cuda", ("fp16", "bf16"), "allows bf16 and fp16 only, by its card; use --precision bf16 or --precision fp16"),
+        ("auto", "cpu", ("fp16",), "model own allows fp16 only, by its card, which cpu does not compute in"),
+        ("auto", "mps", ("bf16",), "model own allows bf16 only, by its card, which mps does not compute in"),
+    ],
+)
+def test_a_precision_that_the_card_does_not_allow_is_refused(
+    name: str, device: str, allowed: tuple[Precision, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_precision(name, device, allowed, "own", NEW_CUDA)
 
 
 def test_device_count() -> None:

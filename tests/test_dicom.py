@@ -82,6 +82,7 @@ def test_a_reader_that_does_not_suit_says_so(tmp_path: Path) -> None:
 # --- what is one slide
 
 
+@pytest.mark.fault("S34")
 def test_a_series_is_one_slide_whatever_its_files_are_called(tmp_path: Path) -> None:
     write_series(tmp_path / "case 1", ONE, PIXELS)
     write_series(tmp_path / "case 1", TWO, PIXELS, suffix="", prefix="IM00")
@@ -156,6 +157,7 @@ def test_a_search_reads_132_bytes_of_what_is_no_dicom(tmp_path: Path, monkeypatc
 # --- what a slide lacks
 
 
+@pytest.mark.fault("S34")
 def test_missing_images_are_named(tmp_path: Path) -> None:
     level0, level1, label = write_series(tmp_path, ONE, PIXELS)
     level0.unlink()
@@ -168,6 +170,7 @@ def test_missing_images_are_named(tmp_path: Path) -> None:
     assert "no VOLUME image" in words
 
 
+@pytest.mark.fault("S34")
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     parts = [write_instance(tmp_path / f"{n}.dcm", ONE, f"{ONE}.5", PIXELS, part=(n, 3)) for n in range(3)]
     with open_slide(parts[1]) as slide:
@@ -184,6 +187,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     assert "8 of its 12 frames" in words
 
 
+@pytest.mark.fault("S34")
 def test_a_duplicate_is_refused_and_named(tmp_path: Path) -> None:
     files = write_series(tmp_path, ONE, PIXELS)
     shutil.copy(files[0], tmp_path / "copy of 0.dcm")
@@ -276,6 +280,7 @@ def test_no_bytes_upset_the_parser(sound: Path, at: int, new: bytes, keep: int) 
 # --- the whole command
 
 
+@pytest.mark.fault("S34")
 def test_two_series_in_a_folder_run_and_resume(tmp_path: Path) -> None:
     slides, out = tmp_path / "slides", tmp_path / "out"
     write_series(slides, ONE, PIXELS)
@@ -293,6 +298,7 @@ def test_two_series_in_a_folder_run_and_resume(tmp_path: Path) -> None:
     assert manifests(out) == made
 
 
+@pytest.mark.fault("S34")
 def test_a_broken_series_is_a_row_and_the_other_runs(tmp_path: Path) -> None:
     slides, out = tmp_path / "slides", tmp_path / "out"
     write_series(slides, ONE, PIXELS)

@@ -65,6 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fault("S38")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_that_openslide_reads_has_its_pixels(tmp_path: Path, kind: str) -> None:
     own, theirs = both(tiled(tmp_path / "s.tif", smooth_pixels(200, 300), **KINDS[kind]))
@@ -158,6 +159,7 @@ def test_big_endian(tmp_path: Path) -> None:
         assert np.array_equal(slide.read(0, Box(0, 0, 200, 300)), pixels)
 
 
+@pytest.mark.fault("S38")
 @pytest.mark.parametrize("white_is_zero", [False, True])
 def test_grey_is_rgb_of_equal_parts(tmp_path: Path, white_is_zero: bool) -> None:
     grey = smooth_pixels(150, 150)[..., 0]
@@ -194,6 +196,7 @@ def test_ome_tiff_with_its_pyramid_in_sub_directories(tmp_path: Path) -> None:
             assert np.array_equal(slide.read(number, Box(0, 0, *level.shape[:2])), level)
 
 
+@pytest.mark.fault("S12")
 def test_missing_tiles_are_white_and_no_data_and_never_decoded(tmp_path: Path) -> None:
     pixels = noise_pixels(256, 256)
     path = write_tiff(tmp_path / "s.svs", [pixels], tile_px=TILE)
@@ -207,6 +210,7 @@ def test_missing_tiles_are_white_and_no_data_and_never_decoded(tmp_path: Path) -
         assert (slide.read_tile((64.0, 64.0), (64.0, 64.0), (32, 32)) == 255).all()
 
 
+@pytest.mark.fault("S13")
 def test_a_tile_is_averaged_with_white_beyond_the_slides_edge(tmp_path: Path) -> None:
     own, theirs = both(write_tiff(tmp_path / "s.svs", [noise_pixels(101, 131)], tile_px=TILE))
     with own, theirs:
@@ -414,6 +418,7 @@ def with_size(data: bytes, height: int, width: int) -> bytes:
     return data[: at + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 9 :]
 
 
+@pytest.mark.fault("S18")
 @pytest.mark.parametrize("decode", ["decode", "decode_mean", "decode_scaled"])
 def test_a_header_that_claims_another_size_is_refused_before_decoding(decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = as_rgb_jpeg(smooth_pixels(64, 64))
@@ -431,6 +436,7 @@ def test_a_header_that_claims_another_size_is_refused_before_decoding(decode: st
     assert not called
 
 
+@pytest.mark.fault("S18")
 @pytest.mark.parametrize("kind", ["jpeg2000", "webp", "webp lossless"])
 def test_headers_of_other_codecs_are_looked_at_too(kind: str) -> None:
     number = 34712 if kind == "jpeg2000" else 50001
@@ -457,12 +463,14 @@ def test_junk_is_corrupt(compression: int) -> None:
             codec(compression=compression).decode(junk)
 
 
+@pytest.mark.fault("S19")
 def test_a_bomb_ends_at_the_tiles_size() -> None:
     bomb = imagecodecs.zlib_encode(bytes(50_000_000))
     with pytest.raises(Corrupt):
         codec(compression=8).decode(bytes(bomb))
 
 
+@pytest.mark.fault("S09")
 def test_a_corrupt_tile_is_tried_once_and_named(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "s.svs", [smooth_pixels(256, 256)], compression="jpeg", tile_px=TILE)
     corrupt_tile(path, 5)

@@ -208,6 +208,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.fault("F28")
 def test_a_score_that_is_no_number_is_refused_with_its_place(value: float) -> None:
     pixels = np.full((64, 64, 3), 200, np.uint8)
     pixels[32, 48] = 0

@@ -22,7 +22,7 @@ from torch import nn
 from pathology import testing
 from pathology.errors import ModelError
 from pathology.model import Model, ModelSpec, QueuedModel, ReadRule
-from pathology.models import add_model, is_network, known_models, load_model, load_spec, nuclei
+from pathology.models import add_model, known_models, load_model, load_spec, nuclei, precisions
 from pathology.models.checks import check_scores, warm_up
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import entries, registry_path
@@ -402,6 +402,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+@pytest.mark.fault("M03")
 def test_untrusted_weights_are_never_handed_to_torch(folder: Path, home: Path, loads: list[Any]) -> None:
     digest = sha256(folder / "torchscript_model.pt")
     for refused in (load_model, load_spec):
@@ -433,6 +434,7 @@ def test_trusted_once_name_and_path_are_enough(folder: Path, home: Path, loads: 
     assert (home / "models.json").read_bytes() == before
 
 
+@pytest.mark.fault("M04")
 def test_swapped_weights_are_refused(folder: Path, loads: list[Any]) -> None:
     trusted(folder)
     weights = folder / "torchscript_model.pt"
@@ -540,7 +542,7 @@ def test_precision_and_compiling_are_for_torch_networks(folder: Path) -> None:
     assert call("m", factory, {"side": 3}, "cpu", "bf16", True) == (3, "bf16", True)
     trusted(folder)
     for ref, network in (("nuclei-density", False), ("pathology.testing:identity", False), ("tumor-net", True)):
-        assert is_network(ref) == network
+        assert bool(precisions(ref)) == network
         if network:
             continue
         with pytest.raises(ModelError, match="is no torch network that could compute in bf16; use --precision fp32 or auto"):
@@ -566,7 +568,7 @@ def test_python_factory_of_a_network_is_given_device_and_precision(tmp_path: Pat
     )
     monkeypatch.syspath_prepend(tmp_path)
     ref = "own_network_of_a_user:make"
-    assert is_network(ref)
+    assert precisions(ref)
     for precision in ("fp32", "bf16"):
         model = load_model(ref, precision=precision)
         assert not isinstance(model, QueuedModel)
@@ -686,6 +688,7 @@ def nan_on_plain_tiles(tiles: Tiles) -> NDArray[np.float32]:
         (Answering(scores(-0.5)), "its card says probabilities"),
     ],
 )
+@pytest.mark.fault("F29")
 def test_warm_up_refuses_a_model_that_breaks_its_card(model: Answering, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         warm_up(model, 4)

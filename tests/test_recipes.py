@@ -98,12 +98,15 @@ def test_another_schema_or_none_is_refused(slide: Path, tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there_names_those_that_are(slide: Path, tmp_path: Path) -> None:
     done = invoke("run", "--recipe", "nuclei", "--model", MODEL, slide, "--out", tmp_path / "out")
     assert done.exit_code == 2
-    assert "recipe nuclei is neither known (nuclei-density, prostate-glands, wsinfer-classifier) nor a file" in done.output
+    assert (
+        "recipe nuclei is neither known (efficientnet-lite0, nuclei-density, prostate-glands, wsinfer-classifier) nor a file"
+        in done.output
+    )
 
 
 def test_every_recipe_that_comes_along_is_understood() -> None:
     names = dict(known_recipes())
-    assert {"nuclei-density", "prostate-glands", "wsinfer-classifier"} <= names.keys()
+    assert {"efficientnet-lite0", "nuclei-density", "prostate-glands", "wsinfer-classifier"} <= names.keys()
     for name, description in names.items():
         assert read_recipe(name, run)
         assert description

@@ -205,6 +205,7 @@ def poisoned(tmp_path: Path) -> list[pathology.Job]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F02")
 def test_a_worker_that_dies_once_costs_nothing(poisoned: list[pathology.Job], tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     jobs = [replace(job, model=f"tests.crashing:fragile?flag={flag}") for job in poisoned]
@@ -215,6 +216,7 @@ def test_a_worker_that_dies_once_costs_nothing(poisoned: list[pathology.Job], tm
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F24")
 def test_a_slide_that_kills_its_worker_twice_fails_alone(poisoned: list[pathology.Job], tmp_path: Path) -> None:
     outcomes = {o.job.slide_id: (o.status, o.reason) for o in run(poisoned, "processes")}
     assert outcomes == {"good": ("ok", None), "poisoned": ("failed", Reason.CRASHED), "other": ("ok", None)}

@@ -459,7 +459,7 @@ def test_what_is_no_heatmap_is_refused(tmp_path: Path) -> None:
         ("zarr.json", lambda j: j["attributes"]["ome"]["multiscales"].clear(), "no heatmap that this program wrote"),
         ("zarr.json", lambda j: j.update(attributes=3), "no heatmap that this program wrote"),
         ("0/zarr.json", lambda j: j.update(shape=[1, 300, 41]), "level 0 is float32"),
-        ("1/zarr.json", lambda j: j.pop("codecs"), "level 1 cannot be opened"),
+        ("1/zarr.json", lambda j: j.pop("codecs"), "array 1 cannot be opened"),
     ],
 )
 def test_another_schema_and_damaged_metadata_are_refused(
@@ -474,7 +474,7 @@ def test_another_schema_and_damaged_metadata_are_refused(
 def test_a_level_that_is_gone_or_unreadable_metadata_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", random_scores((1, 300, 40)))
     (tmp_path / "a" / "1" / "zarr.json").unlink()
-    with pytest.raises(UsageError, match="level 1 cannot be opened"):
+    with pytest.raises(UsageError, match="array 1 cannot be opened"):
         open_heatmap(tmp_path / "a")
     (tmp_path / "a" / "zarr.json").write_bytes(b"\x00\xff")
     with pytest.raises(UsageError, match="no heatmap that this program wrote"):

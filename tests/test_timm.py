@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from pathology.errors import ModelError
-from pathology.models import add_model, is_network, load_model, load_spec
+from pathology.models import add_model, load_model, load_spec, precisions
 from pipelines.cli import main
 from tests.networks import seeded
 from tests.real_slides import CACHE
@@ -104,7 +104,7 @@ def by_hand(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
 def test_a_folder_is_a_model(tmp_path: Path, timm: Timm) -> None:
     ref = f"local-dir:{write(tmp_path / 'Gland net')}?{WHAT}"
     model = load_model(ref)
-    assert is_network(ref)
+    assert precisions(ref)
     assert load_spec(ref) == model.spec
     spec = model.spec
     assert (spec.name, spec.classes, spec.mpp, spec.tile_px, spec.input_px, spec.output_px, spec.scores) == (

@@ -174,6 +174,7 @@ def test_an_error_of_the_slide_is_not_taken_for_one_of_the_output(work: Work) ->
     assert not isinstance(caught.value, EnvironmentFault)
 
 
+@pytest.mark.fault("F07", "F08")
 def test_a_full_disk_is_the_outputs_fault_and_leaves_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -271,6 +272,7 @@ def edited(**changes: Any) -> Callable[[Work], None]:
         pytest.param(edited(sha256=None), id="no hash"),
     ],
 )
+@pytest.mark.fault("F17", "F18")
 def test_a_damaged_region_is_to_do_again(work: Work, damage: Callable[[Work], None]) -> None:
     damage(work)
     found, begun = again(work)

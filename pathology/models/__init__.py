@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pathology.errors import ModelError
-from pathology.job import Precision
+from pathology.job import PRECISIONS, Precision
 from pathology.model import Model, ModelSpec
 from pathology.models import folder as folders
 from pathology.models import nuclei, python, timm_folder, wsinfer
@@ -18,7 +18,7 @@ from pathology.models.card import CARD, read_card
 from pathology.models.refs import call, parse_ref
 from pathology.models.trust import Entry, entries, register, trust_file
 
-__all__ = ["add_model", "is_network", "known_models", "load_model", "load_spec"]
+__all__ = ["add_model", "known_models", "load_model", "load_spec", "precisions"]
 
 
 def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", compile: bool = False) -> Model:
@@ -41,14 +41,17 @@ def load_model(ref: str, device: str = "cpu", precision: Precision = "fp32", com
     return python.load(name, arguments, device, precision, compile)
 
 
-def is_network(ref: str) -> bool:
-    """Whether `ref` names a torch network, which can be asked for a precision. ModelError where it is nothing known."""
+def precisions(ref: str) -> tuple[Precision, ...]:
+    """What the model that `ref` names may be asked to compute in; nothing for one that is no torch network.
+
+    ModelError where it is nothing known.
+    """
     if timm_folder.is_source(ref):
-        return True
+        return PRECISIONS
     if folder := _folder(ref):
-        return not _has_card(folder) or read_card(folder).weights.format != "onnx"
+        return read_card(folder).precisions if _has_card(folder) else PRECISIONS
     name = parse_ref(ref)[0]
-    return name != nuclei.NAME and python.takes_precision(name)
+    return PRECISIONS if name != nuclei.NAME and python.takes_precision(name) else ()
 
 
 def load_spec(ref: str) -> ModelSpec:

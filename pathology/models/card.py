@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology.errors import ModelError
+from pathology.job import PRECISIONS, Precision
 from pathology.model import DetectionRule, ModelSpec, ReadRule
 from pathology.models.network import Activation, Colour
 from pathology.models.objects import Form
@@ -55,7 +56,12 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A checked card. `spec` is how the pipeline sees it; `mean` and `std` are of 0..1 colours in the order of `channels`."""
+    """A checked card.
+
+    spec        how the pipeline sees it
+    mean, std   of 0..1 colours in the order of `channels`
+    precisions  what the network may be computed in; nothing for ONNX, which computes as it was exported
+    """
 
     spec: ModelSpec
     weights: Weights
@@ -65,6 +71,7 @@ class Card:
     channels: Literal["rgb", "bgr"]
     mean: Colour
     std: Colour
+    precisions: tuple[Precision, ...]
 
 
 def read_card(folder: Path) -> Card:
@@ -133,6 +140,7 @@ def _card(content: Mapping[str, Any], sha256: str) -> Card:
         given.get("channels", "rgb"),
         (mean[0], mean[1], mean[2]),
         (std[0], std[1], std[2]),
+        () if weights.format == "onnx" else tuple(content.get("precisions", PRECISIONS)),
     )
 
 
@@ -163,6 +171,8 @@ def _refusal(content: Mapping[str, Any]) -> str:
     for name, kinds in KINDS.items():
         if name in answer and answer["kind"] not in kinds:
             return f"output.{name} is for kind {' and '.join(kinds)}"
+    if "precisions" in content and content["weights"]["format"] == "onnx":
+        return "precisions are for torch networks, and ONNX computes as it was exported"
     if answer["kind"] == "detections" and "form" not in answer:
         return "output must contain form for kind detections"
     if "vertices" in answer and answer["form"] != "rows":

@@ -62,6 +62,16 @@ class Made:
     left_out: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Safetensors out of a checkpoint: how many weights, and what of the checkpoint was taken off names or left out."""
+
+    data: bytes
+    weights: int
+    prefix: str
+    left_out: tuple[str, ...]
+
+
 def make_folder(checkpoint: Path, folder: Path, wanted: Wanted) -> Made:
     """Write the network's weights as safetensors beside a card, try the model, and register it under the folder's name.
 
@@ -73,20 +83,12 @@ def make_folder(checkpoint: Path, folder: Path, wanted: Wanted) -> Made:
     if not folder.absolute().parent.is_dir():
         raise ModelError(f"{folder} cannot be made: {folder.absolute().parent} is no folder; make it first")
     entries()  # a registry that is damaged is told of before anything is written
-    state = read_checkpoint(checkpoint)
-    network = folders.build(Weights("safetensors", WEIGHTS, "", wanted.architecture, wanted.arguments))
-    own = network.state_dict()
-    prefix = common_prefix(state, own.keys(), checkpoint.name) if wanted.prefix is None else wanted.prefix
-    fitting = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    kept = {key: tensor for key, tensor in fitting.items() if key in own}
-    left_out = tuple(key for key in state if not key.startswith(prefix) or key.removeprefix(prefix) not in own)
-    fill(network, kept, checkpoint.name)
-    check_finite(network.state_dict(), checkpoint.name)
+    converted = convert(checkpoint, wanted.architecture, wanted.arguments, wanted.prefix)
     existed, name = folder.exists(), checked_name(None, folder.resolve())
     try:
         make_folders(folder)
-        write_file(folder / WEIGHTS, data := _safetensors(network))
-        write_file(folder / CARD, _card(name, hashlib.sha256(data).hexdigest(), wanted).encode())
+        write_file(folder / WEIGHTS, converted.data)
+        write_file(folder / CARD, _card(name, hashlib.sha256(converted.data).hexdigest(), wanted).encode())
         card = read_card(folder)
         # The user named the architecture, function or class: that is their consent to calling it.
         register(folder, "safetensors", (folders.runs_code(folder, card) or (folder, card.spec.sha256))[1], name)
@@ -100,7 +102,25 @@ def make_folder(checkpoint: Path, folder: Path, wanted: Wanted) -> Made:
         with suppress(OSError, ModelError):
             forget(folder)
         raise
-    return Made(name, folder, len(kept), prefix, left_out)
+    return Made(name, folder, converted.weights, converted.prefix, converted.left_out)
+
+
+def convert(checkpoint: Path, architecture: str, arguments: Mapping[str, Any], prefix: str | None = None) -> Converted:
+    """The weights that the network of `architecture` takes from `checkpoint`, as safetensors: equal input gives equal bytes.
+
+    `prefix`, and errors, are those of `make_folder`.
+    """
+    state = read_checkpoint(checkpoint)
+    network = folders.build(Weights("safetensors", WEIGHTS, "", architecture, arguments))
+    own = network.state_dict()
+    if prefix is None:
+        prefix = common_prefix(state, own.keys(), checkpoint.name)
+    fitting = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    kept = {key: tensor for key, tensor in fitting.items() if key in own}
+    left_out = tuple(key for key in state if not key.startswith(prefix) or key.removeprefix(prefix) not in own)
+    fill(network, kept, checkpoint.name)
+    check_finite(network.state_dict(), checkpoint.name)
+    return Converted(_safetensors(network), len(kept), prefix, left_out)
 
 
 def _safetensors(network: Any) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pathology.device import check_allowed
 from pathology.errors import ModelError, one_line
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
@@ -33,6 +34,8 @@ def load(folder: Path, device: str, precision: Precision = "fp32", compile: bool
     card = read_card(folder)
     if (risky := runs_code(folder, card)) is not None:
         require_trust(*risky)
+    if card.precisions:
+        check_allowed(card.spec.name, precision, card.precisions)
     if card.weights.format == "onnx" and device != "cpu":
         raise ModelError(f"model {card.spec.name} is ONNX, which runs on the CPU here; pass --device cpu")
     network = _network(folder, card, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def write_output(folder: Path, ended: Ended) -> dict[str, Any]:
 
 def density_spec(spec: ModelSpec) -> ModelSpec:
     """The card of the heatmap of density: a class is present where there is any of its objects."""
-    any_at_all = (sys.float_info.min,) * len(spec.classes)
+    any_at_all = (float(np.finfo(np.float32).tiny),) * len(spec.classes)  # scores are compared in float32
     return replace(spec, detections=None, scores="value", units=DENSITY_UNITS, threshold=any_at_all)
 
 

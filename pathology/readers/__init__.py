@@ -10,13 +10,14 @@ from pathlib import Path
 
 from pathology.errors import Reason, SlideError
 from pathology.job import ReaderName
-from pathology.readers.fingerprint import fingerprint, fingerprint_file
+from pathology.readers.fingerprint import fingerprint, fingerprint_file, whole_hashes
 from pathology.readers.inspect import Kind, SlideFile, inspect_file
 from pathology.readers.mpp import choose_mpp
 from pathology.readers.opened import CACHE_BYTES, Opened
+from pathology.readers.tiff import too_large
 from pathology.slide import Slide, SlideInfo
 
-__all__ = ["fingerprint", "open_slide"]
+__all__ = ["fingerprint", "open_slide", "whole_hashes"]
 
 
 def open_slide(
@@ -27,6 +28,7 @@ def open_slide(
     reader: ReaderName = "auto",
     fast_decode: bool = False,
     cache_bytes: int = 4 * CACHE_BYTES,
+    headers_only: bool = False,
 ) -> Slide:
     """An open slide, whatever its format; a context manager.
 
@@ -36,12 +38,17 @@ def open_slide(
                  reads the file
     fast_decode  let JPEG's scaled decoding stand in for the mean where a coarser picture is wanted (direct reader only)
     cache_bytes  most bytes of decoded tiles that the direct reader keeps
+    headers_only for a quick look at many: no fingerprint is taken ("") and no tile of a direct reader compared with OpenSlide's
 
     Raises SlideError: MISSING, EMPTY, NOT_A_FILE, PERMISSION, NOT_A_SLIDE, TRUNCATED, UNSUPPORTED, NO_MPP, BAD_MPP, READ_ERROR.
     """
     file = inspect_file(Path(path))
-    opened, why = _open(file, reader, fast_decode, cache_bytes)
+    opened, why = _open(file, reader, fast_decode, cache_bytes, compare=not headers_only)
     try:
+        height, width = opened.level_shapes[0]
+        if too_large((height, width)):
+            message = f"{file.name} claims {width} x {height} px, which is larger than any slide; copy it again from its source"
+            raise SlideError(Reason.UNSUPPORTED, message)
         mpp, mpp_source = choose_mpp(file.name, opened.claim, slide_mpp, force=force)
         info = SlideInfo(
             shape=opened.level_shapes[0],
@@ -52,7 +59,7 @@ def open_slide(
             reader=opened.library,
             vendor=opened.vendor,
             bounds=opened.bounds,
-            fingerprint=fingerprint_file(file),
+            fingerprint="" if headers_only else fingerprint_file(file),
             objective=opened.objective,
             reader_why=why,
         )
@@ -62,7 +69,7 @@ def open_slide(
     return Slide(file.path, info, opened.reader)
 
 
-def _open(file: SlideFile, wanted: ReaderName, fast: bool, cache_bytes: int) -> tuple[Opened, str]:
+def _open(file: SlideFile, wanted: ReaderName, fast: bool, cache_bytes: int, compare: bool) -> tuple[Opened, str]:
     """The file through the reader that suits it, and why that one: the one place that chooses."""
     refused: SlideError | None = None
     direct_not = "it is no TIFF"
@@ -77,7 +84,7 @@ def _open(file: SlideFile, wanted: ReaderName, fast: bool, cache_bytes: int) -> 
         if file.kind is Kind.TIFF and wanted != "openslide":
             from pathology.readers.direct import open_direct
 
-            direct = open_direct(file, opened, cache_bytes, fast)
+            direct = open_direct(file, opened, cache_bytes, fast, compare=compare)
             if isinstance(direct, Opened):
                 return direct, "its tiles can be decoded without a slide library" if wanted == "auto" else "it was asked for"
             direct_not = direct

@@ -126,14 +126,24 @@ class TileCodec:
         """Refuse a tile whose own header claims another size: a decoder would believe it and ask for the memory."""
         if self.compression not in SIZES or (self._seen and data.startswith(self._seen[0])):
             return
-        try:
-            claimed = SIZES[self.compression](self.header or data)
-        except (IndexError, struct.error) as error:
-            raise Corrupt("its header ends early") from error
+        claimed = self._claim(data)
         if claimed[:2] != self.shape or (len(claimed) > 2 and claimed[2] != self.samples):
             raise Corrupt(f"its header claims {claimed}, the slide's tiles are {(*self.shape, self.samples)}")
         if self.compression == JPEG and not self.header:
             self._seen[:] = [data[: _jpeg_frame(data) + FRAME_BYTES]]
+
+    def claimed(self, data: bytes) -> tuple[int, ...] | None:
+        """(height, width, ...) that a tile's own header claims; None where it has none that can be read."""
+        try:
+            return self._claim(data) if self.compression in SIZES else None
+        except Corrupt:
+            return None
+
+    def _claim(self, data: bytes) -> tuple[int, ...]:
+        try:
+            return SIZES[self.compression](self.header or data)
+        except (IndexError, struct.error) as error:
+            raise Corrupt("its header ends early") from error
 
     def _jpeg(self, data: bytes, space: int, out: Pixels) -> Pixels:
         try:

@@ -296,7 +296,8 @@ def _elements(descriptor: int, size: int) -> Iterator[tuple[tuple[int, int], byt
 
 
 def _text(found: dict[tuple[int, int], bytes], tag: tuple[int, int]) -> str:
-    return found.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+    text = found.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)  # it stands in messages
 
 
 def _integer(found: dict[tuple[int, int], bytes], tag: tuple[int, int]) -> int:

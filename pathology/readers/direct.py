@@ -7,7 +7,9 @@ fetched in one read.
 
 from __future__ import annotations
 
+import logging
 import os
+import struct
 import threading
 import time
 from collections import OrderedDict
@@ -20,7 +22,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pathology.clock import timed
-from pathology.errors import Reason, SlideError, UsageError
+from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.geometry import Box
 from pathology.readers import codecs
 from pathology.readers.codecs import Corrupt, Pixels, TileCodec
@@ -29,6 +31,14 @@ from pathology.readers.mpp import directory_claim, ome_claim
 from pathology.readers.opened import CACHE_BYTES, Opened, whole_downsample
 from pathology.readers.tile_cache import TileCache
 from pathology.slide import WHITE
+
+# What tifffile says of damaged files line by line is said here in one.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+# What it raises on them.
+NOT_UNDERSTOOD = (
+    *(tifffile.TiffFileError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, RuntimeError, struct.error),
+)
 
 Pread = Callable[[int, int, int], bytes]  # as os.pread: (descriptor, count, place)
 
@@ -42,6 +52,8 @@ READS_REMEMBERED = 8
 MANY_TILES = 16
 # Regions that read at once from one slide.
 REGIONS = 2
+# Of a tile, in which its own header lies.
+HEADER_BYTES = 2**16
 # Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.
 FETCHED_BYTES = 32 * 2**20
 
@@ -182,6 +194,11 @@ class DirectReader:
             needed += (box.height + 2 * height) * (box.width + 2 * width) * 3
         self._cache.limit_bytes = min(self._most_cached, max(self._cache.limit_bytes, REGIONS * needed))
 
+    def blank(self, level: int, box: Box) -> bool:
+        """Whether the file holds none of the tiles under `box`."""
+        source = self._levels[level]
+        return not any(source.sizes[index] for index in source.under(box, 1))
+
     @property
     def slow(self) -> bool:
         """Whether a read takes so long that threads of their own should wait for it."""
@@ -275,20 +292,24 @@ def merged(
 VENDORS = frozenset(("aperio", "generic-tiff", "hamamatsu", "philips"))
 
 
-def open_direct(file: SlideFile, opened: Opened | None, cache_bytes: int, fast: bool, pread: Pread = os.pread) -> Opened | str:
+def open_direct(
+    file: SlideFile, opened: Opened | None, cache_bytes: int, fast: bool, pread: Pread = os.pread, compare: bool = True
+) -> Opened | str:
     """The TIFF `file` read directly, or why it cannot be.
 
-    opened  the same file as OpenSlide opens it, whose levels and properties are taken over; None where OpenSlide does not
+    opened   the same file as OpenSlide opens it, whose levels and properties are taken over; None where OpenSlide does not
+    compare  look at one tile both ways
     """
     if opened is not None and opened.vendor not in VENDORS:
         return f"{opened.vendor} lays its tiles out in a way of its own"
-    ome = _ome(file)
+    found = tiled_levels(file, opened)
+    if isinstance(found, str):
+        return found
+    levels, ome = found
     if ome is not None:
         opened = None  # OpenSlide sees neither the levels nor the resolution of an OME-TIFF
-    levels = tiled_levels(file, None if opened is None else opened.level_shapes)
-    if isinstance(levels, str):
-        return levels
-    if opened is not None and not _agrees(file, levels[0], opened):
+    _refuse_lies(file, levels[0])
+    if compare and opened is not None and not _agrees(file, levels[0], opened):
         return "one of its tiles comes out otherwise than OpenSlide shows it"
     reader = DirectReader(file.path, levels, cache_bytes, fast, pread)
     library = f"direct (tifffile {tifffile.__version__}, imagecodecs {codecs.VERSION})"
@@ -305,6 +326,26 @@ def open_direct(file: SlideFile, opened: Opened | None, cache_bytes: int, fast: 
         level_downsamples=tuple(whole_downsample(shapes[0], s, d) for s, d in zip(shapes, downsamples, strict=True)),
         claim=(ome_claim(ome) if ome else None) or directory_claim(file.directories[0]),
     )
+
+
+def _refuse_lies(file: SlideFile, level: TiledLevel) -> None:
+    """Raise SlideError(CORRUPT_TILES) where the tiles' own headers claim another size than the TIFF does.
+
+    The first, the middle and the last tile are looked at: that all three lie is no accident of one tile.
+    """
+    stored, claims = np.flatnonzero(level.sizes), [level.codec.shape]
+    if not len(stored):
+        return
+    with file.path.open("rb") as stream:
+        for index in {int(stored[0]), int(stored[len(stored) // 2]), int(stored[-1])}:
+            count = min(int(level.sizes[index]), HEADER_BYTES)
+            claimed = level.codec.claimed(os.pread(stream.fileno(), count, int(level.places[index])))
+            if claimed is None or claimed[:2] == level.codec.shape:
+                return
+            claims.append((claimed[0], claimed[1]))
+    stated, claim = (f"{width} x {height} px" for height, width in (claims[0], max(claims[1:])))
+    message = f"{file.name}: the file states tiles of {stated}, their own headers {claim}; copy it again from its source"
+    raise SlideError(Reason.CORRUPT_TILES, message)
 
 
 def _agrees(file: SlideFile, level: TiledLevel, opened: Opened) -> bool:
@@ -331,31 +372,23 @@ def _agrees(file: SlideFile, level: TiledLevel, opened: Opened) -> bool:
         return False
 
 
-def _ome(file: SlideFile) -> str | None:
-    """The OME-XML of an OME-TIFF; None of another TIFF, and of one that tifffile does not understand."""
-    try:
-        with tifffile.TiffFile(file.path) as tiff:
-            return tiff.ome_metadata if tiff.is_ome else None
-    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError):
-        return None
+def tiled_levels(file: SlideFile, opened: Opened | None) -> tuple[tuple[TiledLevel, ...], str | None] | str:
+    """(levels, OME-XML or None) of the pyramid in a TIFF, or why they cannot be read directly.
 
-
-def tiled_levels(file: SlideFile, level_shapes: tuple[tuple[int, int], ...] | None) -> tuple[TiledLevel, ...] | str:
-    """The levels of the pyramid in a TIFF, or why they cannot be read directly.
-
-    level_shapes  (height, width) of the levels wanted, each the first directory of that size; None: the pyramid that tifffile
-                  finds in the file, sub-directories included
+    The levels are those of `opened`, each the first directory of that size; without it, and of an OME-TIFF, the pyramid that
+    tifffile finds in the file, sub-directories included.
     """
     try:
         with tifffile.TiffFile(file.path) as tiff:
-            pages = [p for p in tiff.pages if isinstance(p, tifffile.TiffPage)]
-            if level_shapes is None:
+            ome = tiff.ome_metadata if tiff.is_ome else None
+            if opened is None or ome is not None:
                 pages = [level.keyframe for level in tiff.series[0].levels]
             else:
-                by_shape = {(p.imagelength, p.imagewidth): p for p in reversed(pages) if p.is_tiled}
-                if not all(shape in by_shape for shape in level_shapes):
+                tiled = [p for p in tiff.pages if isinstance(p, tifffile.TiffPage) and p.is_tiled]
+                by_shape = {(p.imagelength, p.imagewidth): p for p in reversed(tiled)}
+                if not all(shape in by_shape for shape in opened.level_shapes):
                     return "not every level is a tiled picture of its own"
-                pages = [by_shape[shape] for shape in level_shapes]
+                pages = [by_shape[shape] for shape in opened.level_shapes]
             levels = []
             for page in pages:
                 codec = _codec(page)
@@ -371,13 +404,14 @@ def tiled_levels(file: SlideFile, level_shapes: tuple[tuple[int, int], ...] | No
                 tiles = level.across * -(-level.shape[0] // codec.shape[0])
                 if not len(level.places) == len(level.sizes) == tiles:
                     return f"a level names {len(level.places)} tiles where {tiles} are due"
-                if (level.places + level.sizes).max() > file.size:
-                    return "a level has tiles beyond the end of the file"
                 level.sizes[level.places == 0] = 0
+                ends = file.size - level.sizes  # not places + sizes, which may be too large a number
+                if (level.sizes < 0).any() or ((level.sizes > 0) & ((level.places < 0) | (level.places > ends))).any():
+                    return "a level has tiles beyond the end of the file"
                 levels.append(level)
-    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError) as error:
-        return f"tifffile does not understand it ({error})"
-    return tuple(levels)
+    except NOT_UNDERSTOOD as error:
+        return f"tifffile does not understand it ({one_line(error)})"
+    return tuple(levels), ome
 
 
 def _codec(page: tifffile.TiffPage) -> TileCodec | str:

@@ -33,6 +33,23 @@ def fingerprint_file(file: SlideFile) -> str:
         raise no_access(file.name, error) from error
 
 
+def whole_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """sha256 of every byte of each file of the slide, by its name in or below the slide's folder.
+
+    Bits that flipped inside a tile are decoded without complaint; this is what shows them. Raises SlideError.
+    """
+    file = inspect_file(Path(path))
+    try:
+        return {part.relative_to(file.path.parent).as_posix(): _whole(part) for part in file.parts}
+    except OSError as error:
+        raise no_access(file.name, error) from error
+
+
+def _whole(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _fingerprint(file: SlideFile) -> str:
     path, kind = file.path, file.kind
     total = hashlib.sha256()

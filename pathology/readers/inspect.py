@@ -40,6 +40,7 @@ HEADS = (
     (b"SQLite format 3\0", Kind.OTHER),
 )
 PNG_BITS_AT = 24
+MAX_INDEX_BYTES = 2**20  # of a VMS, which lists a few files
 CMYK = 5  # TIFF's PhotometricInterpretation
 
 
@@ -83,6 +84,7 @@ def inspect_file(path: Path) -> SlideFile:
         if not stat.S_ISREG(status.st_mode):
             raise SlideError(Reason.NOT_A_FILE, f"{name} is {_sort(status.st_mode)}, not a file; name the slide's own file")
         if mirax_folder(path).joinpath("Slidedat.ini").is_file() and path.suffix == ".mrxs":
+            _refuse_pipes(mirax_folder(path))
             return SlideFile(path, status.st_size, Kind.MIRAX)
         if status.st_size == 0:
             raise SlideError(Reason.EMPTY, f"{name} has 0 bytes; copy it again from its source")
@@ -104,6 +106,11 @@ def inspect_file(path: Path) -> SlideFile:
             raise SlideError(Reason.NOT_A_SLIDE, message)
         if kind is Kind.PNG:
             _refuse_deep(name, *head[PNG_BITS_AT : PNG_BITS_AT + 1])
+        if kind is Kind.VMS and status.st_size > MAX_INDEX_BYTES:
+            message = f"{name} has {status.st_size} bytes, where it should list a few files; give the slide's own index"
+            raise SlideError(Reason.UNSUPPORTED, message)
+        if kind in (Kind.DICOM, Kind.VMS):
+            _refuse_pipes(path.parent)
         if kind is Kind.DICOM:
             return SlideFile(path, status.st_size, kind, instances=slide_instances(path))
         if kind is not Kind.TIFF:
@@ -147,6 +154,18 @@ def _refuse_deep(name: str, bits: int = 0) -> None:
     """Libraries cut 16 bits to 8 without a word, which leaves little of a picture that uses the lower ones."""
     if bits > 8:
         raise SlideError(Reason.UNSUPPORTED, f"{name} has {bits} bits per sample; convert it to 8-bit RGB")
+
+
+def _refuse_pipes(folder: Path) -> None:
+    """OpenSlide opens what lies beside a slide of several files, and would wait for a pipe for ever."""
+    for entry in os.scandir(folder):
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nowhere, say: for whoever needs the file
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            message = f"{entry.name!r}, beside the slide's own files, is {_sort(mode)}; move it elsewhere"
+            raise SlideError(Reason.NOT_A_FILE, message)
 
 
 def _sort(mode: int) -> str:

@@ -29,6 +29,18 @@ VENDOR_FIELDS = (
     ("ventana.ScanRes", "ventana.ScanRes"),
 )
 
+# All of OpenSlide's properties that are looked at here.
+PROPERTIES = frozenset(
+    (
+        "openslide.mpp-x",
+        "openslide.mpp-y",
+        "tiff.XResolution",
+        "tiff.YResolution",
+        "tiff.ResolutionUnit",
+        *(name for fields in VENDOR_FIELDS for name in fields),
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -125,7 +137,12 @@ def _sound(claim: Claim) -> float | str:
 
 
 def _shown(value: str | float | None) -> str:
-    return "nothing" if value is None else repr(value[:40]) if isinstance(value, str) else f"{value:g}"
+    """For messages: what looks like a number as it stands; other text is not repeated, since it may be anything."""
+    if value is None:
+        return "nothing"
+    if not isinstance(value, str):
+        return f"{value:g}"
+    return repr(value) if re.fullmatch(r"[-+\d.,' eE]{1,40}|[-+]?(?i:nan|inf|infinity)", value) else "other text"
 
 
 def _number(value: str | float | None) -> float:

@@ -1,5 +1,6 @@
 """Slides through OpenSlide. Promise: a level's own pixels, over white where the scan has none, from many threads; a read that
-fails spoils no other. Only `level` pictures are read, never a label or a macro; colour profiles are not applied.
+fails spoils no other. Only `level` pictures are read, never a label or a macro; of a file's properties, which may name a
+patient, only those of `PROPERTIES`; colour profiles are not applied.
 
 OpenSlide's (x, y) is used in this file alone.
 """
@@ -19,8 +20,12 @@ from PIL import Image
 from pathology.errors import Reason, SlideError, UsageError
 from pathology.geometry import Box
 from pathology.readers.inspect import Kind, SlideFile, refuse_channels
+from pathology.readers.mpp import PROPERTIES as MPP_PROPERTIES
 from pathology.readers.mpp import openslide_claim
 from pathology.readers.opened import Opened, over_white, whole_downsample
+
+BOUNDS = tuple(f"openslide.bounds-{what}" for what in ("y", "x", "height", "width"))
+PROPERTIES = MPP_PROPERTIES | {*BOUNDS, openslide.PROPERTY_NAME_VENDOR, openslide.PROPERTY_NAME_OBJECTIVE_POWER}
 
 
 class OpenSlideReader:
@@ -87,7 +92,8 @@ def open_with_openslide(file: SlideFile) -> Opened | None:
     except OpenSlideError as error:
         message = f"{file.name} cannot be opened: {_words(error, file.path)}; convert it to a tiled RGB pyramid"
         raise SlideError(Reason.UNSUPPORTED, message) from error
-    properties = dict(handle.properties)
+    # Name by name: those that are no text are listed, and then not found.
+    properties = {name: value for name in PROPERTIES if (value := handle.properties.get(name)) is not None}
     vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "openslide")
     if file.kind is Kind.TIFF and vendor == "generic-tiff":
         refuse_channels(file)  # it would show the first of several channels as if that were the slide
@@ -107,9 +113,8 @@ def open_with_openslide(file: SlideFile) -> Opened | None:
 
 def scanned_bounds(properties: Mapping[str, str]) -> Box | None:
     """The part of level 0 that was scanned; None where the file says nothing. MIRAX's may begin at negative places."""
-    names = (f"openslide.bounds-{what}" for what in ("y", "x", "height", "width"))
     try:
-        return Box(*(int(properties[name]) for name in names))
+        return Box(*(int(properties[name]) for name in BOUNDS))
     except (KeyError, ValueError):
         return None
 

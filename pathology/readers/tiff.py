@@ -22,20 +22,27 @@ MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Limits on what a header may make us read or a library allocate. Real slides stay far below all of them.
 MAX_DIRECTORIES = 4096
 MAX_TAGS = 4096
-MAX_VALUES = 2**24
-MAX_TILE_PX = 2**26
+MAX_VALUES = 2**22  # of a tag: libraries take 40 bytes for each
+MAX_TAG_BYTES = 2**26  # of a tag that is of no use here, but which libraries read: descriptions, colour profiles
+# Of all directories together: they may be many, and may lie over one another.
+MAX_ALL_TAGS = 2**17
+MAX_ALL_VALUES = 2**24
+MAX_TILE_PX = 2**24
+MAX_SIDE_PX = 2**21
+MAX_PIXELS = 2**38  # of a picture: 75 x 25 mm at 0.1 um are 1.9e11
 
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 INTEGERS = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
 RATIONAL = 5
 
-WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 256, 257, 258, 259, 262, 277
+WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR = 256, 257, 258, 259, 262, 277, 284
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
 STRIP_OFFSETS, STRIP_BYTES, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTES = 273, 279, 322, 323, 324, 325
 SUB_DIRECTORIES = 330
 NDPI_MARK = 65421
+PLANES_APART = 2  # TIFF's PlanarConfiguration: a tile for each sample
 NDPI_MAX_BYTES = 2**40  # larger 64-bit "offsets" are other bytes of a plain TIFF
-SIZES = (WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT)
+SIZES = (WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT)
 PLACES = (STRIP_OFFSETS, STRIP_BYTES, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTES, SUB_DIRECTORIES)
 WANTED = frozenset((*SIZES, *PLACES))
 
@@ -84,6 +91,7 @@ def read_directories(descriptor: int, size: int) -> tuple[Directory, ...]:
     layout, first = _layout(_Bytes(descriptor, size))
     directories: list[Directory] = []
     chains, seen = [first], set[int]()
+    tags_read = values_read = 0
     while chains:
         at, chain = chains.pop(0), set[int]()
         while at and (at not in seen or at in chain):  # sub-directories are listed, and may form a chain besides
@@ -93,7 +101,11 @@ def read_directories(descriptor: int, size: int) -> tuple[Directory, ...]:
                 raise Malformed(f"it has more than {MAX_DIRECTORIES} directories")
             seen.add(at)
             chain.add(at)
-            tags, at = layout.directory(at)
+            tags, listed, at = layout.directory(at)
+            tags_read += listed
+            values_read += sum(map(len, tags.values()))
+            if tags_read > MAX_ALL_TAGS or values_read > MAX_ALL_VALUES:
+                raise Malformed(f"its directories list more than {MAX_ALL_TAGS} tags, or {MAX_ALL_VALUES} places of tiles")
             directories.append(_picture(tags, size))
             chains.extend(int(v) for v in tags.get(SUB_DIRECTORIES, ()) if v)
     return tuple(directories)
@@ -124,8 +136,8 @@ class _Layout:
     wide: bool
     ndpi: bool
 
-    def directory(self, at: int) -> tuple[dict[int, Values], int]:
-        """(wanted tags' values, place of the next directory or 0)."""
+    def directory(self, at: int) -> tuple[dict[int, Values], int, int]:
+        """(wanted tags' values, how many tags there are, place of the next directory or 0)."""
         count_format, entry_bytes, next_format = ("Q", 20, "Q") if self.wide else ("H", 12, "Q" if self.ndpi else "I")
         head = struct.calcsize(count_format)
         (count,) = struct.unpack(self.order + count_format, self.file.take(at, head, "a directory"))
@@ -140,8 +152,11 @@ class _Layout:
             tag, kind, number = struct.unpack_from(self.order + ("HHQ" if self.wide else "HHI"), entry)
             values = self._values(tag, kind, number, entry[12 if self.wide else 8 :] + upper[4 * i : 4 * i + 4])
             if values is not None:
+                if tag in tags:
+                    raise Malformed(f"a directory lists tag {tag} twice")  # libraries differ in which of them they believe
                 tags[tag] = values
-        return tags, struct.unpack_from("=" + next_format if self.ndpi else self.order + next_format, data, body)[0]
+        (following,) = struct.unpack_from("=" + next_format if self.ndpi else self.order + next_format, data, body)
+        return tags, count, following
 
     def _values(self, tag: int, kind: int, number: int, field: bytes) -> Values | None:
         """A tag's values where they are wanted; where they lie is looked at in any case."""
@@ -157,6 +172,8 @@ class _Layout:
             if at + needed > self.file.size:
                 raise CutShort(f"tag {tag} should lie at byte {at} to {at + needed}, the file has {self.file.size}")
             if tag not in WANTED:
+                if needed > MAX_TAG_BYTES:
+                    raise Malformed(f"tag {tag} has {needed} bytes")
                 return None
             if number > MAX_VALUES:
                 raise Malformed(f"tag {tag} has {number} values")
@@ -213,13 +230,20 @@ def _picture(tags: dict[int, Values], size: int) -> Directory:
         if offsets in tags:
             _check_segments(np.asarray(tags[offsets]), np.asarray(tags.get(counts, ())), size)
     tile = (number(TILE_LENGTH, 0), number(TILE_WIDTH, 0)) if TILE_OFFSETS in tags else None
-    if tile is not None and not 0 < tile[0] * tile[1] <= MAX_TILE_PX:
-        raise Malformed(f"its tiles are {tile[1]} x {tile[0]} px")
+    shape, samples = (number(LENGTH, 0), number(WIDTH, 0)), number(SAMPLES, 1)
+    if too_large(shape) or min(shape) < 1:
+        raise Malformed(f"a picture in it has {shape[1]} x {shape[0]} px")
+    if tile is not None:
+        if not 0 < tile[0] * tile[1] <= MAX_TILE_PX:
+            raise Malformed(f"its tiles are {tile[1]} x {tile[0]} px")
+        due = -(-shape[0] // tile[0]) * -(-shape[1] // tile[1]) * (samples if number(PLANAR, 1) == PLANES_APART else 1)
+        if len(tags[TILE_OFFSETS]) < due:
+            raise Malformed(f"a picture of {shape[1]} x {shape[0]} px lists {len(tags[TILE_OFFSETS])} of its {due} tiles")
     return Directory(
-        shape=(number(LENGTH, 0), number(WIDTH, 0)),
+        shape=shape,
         tile=tile,
         bits=number(BITS, 1),
-        samples=number(SAMPLES, 1),
+        samples=samples,
         photometric=number(PHOTOMETRIC, 0),
         compression=number(COMPRESSION, 1),
         resolution=(resolution(Y_RESOLUTION), resolution(X_RESOLUTION), number(RESOLUTION_UNIT, 2)),
@@ -233,6 +257,11 @@ def _check_segments(offsets: NDArray[Any], counts: NDArray[Any], size: int) -> N
     outside = (starts > 0) & (sizes > 0) & ((sizes > size) | (starts > size - np.minimum(sizes, size)))
     if outside.any():
         raise CutShort(f"{int(outside.sum())} of {len(offsets)} strips or tiles of a picture lie beyond its {size} bytes")
+
+
+def too_large(shape: tuple[int, int]) -> bool:
+    """Whether a picture of (height, width) px is larger than any slide: plans and tables are made in proportion to it."""
+    return max(shape) > MAX_SIDE_PX or shape[0] * shape[1] > MAX_PIXELS
 
 
 def largest(directories: tuple[Directory, ...]) -> Iterator[Directory]:

@@ -1,0 +1,62 @@
+"""The page on reliability names every row that tests are marked with, and says why where there is none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows_of_the_page() -> dict[str, str]:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = dict(re.findall(r"^\| ([FMZP]\d\d) \| (.*) \|$", text, flags=re.M))
+    return rows | {f"S{k:02}": "" for k in range(1, 41)}
+
+
+def marked_rows() -> set[str]:
+    marks = (
+        line
+        for file in sorted((ROOT / "tests").glob("test_*.py"))
+        for line in file.read_text().splitlines()
+        if ".mark.fault(" in line
+    )
+    return {row for line in marks for row in re.findall(r'"([FSMZP]\d\d)"', line)}
+
+
+def test_every_row_is_shown_by_a_test_or_says_what_stands_instead() -> None:
+    page, marked = rows_of_the_page(), marked_rows()
+    assert marked <= set(page)
+    without = {row for row, text in page.items() if row not in marked and row[0] != "S"}
+    assert {row for row in without if "*" not in page[row]} == set()
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_the_table_names_rows_tests_and_results(pytester: pytest.Pytester, processes: str) -> None:
+    pytester.makeconftest((ROOT / "tests" / "fault_table.py").read_text())
+    pytester.makeini("[pytest]\nmarkers = fault(id, ...): rows")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.fault("F01", "F02")
+        def test_good(): pass
+
+        @pytest.mark.fault("F02")
+        def test_bad(): assert False
+
+        @pytest.mark.fault("F03")
+        @pytest.mark.skip
+        def test_skipped(): pass
+
+        def test_other(): pass
+        """
+    )
+    pytester.runpytest_subprocess("-n", processes, "--fault-table", "table.md")
+    assert (pytester.path / "table.md").read_text().splitlines()[2:] == [
+        "| F01 | passed | `test_good` |",
+        "| F02 | failed and passed | `test_bad`, `test_good` |",
+        "| F03 | skipped | `test_skipped` |",
+    ]
