@@ -72,6 +72,7 @@ def owned_by(token: str, place: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault("F14")
 def test_the_slide_of_a_dead_process_is_taken_over_at_once(place: Path, leases: Leases) -> None:
     token = dead()
     (owned_by(token, place) / "work").touch()
@@ -80,6 +81,7 @@ def test_the_slide_of_a_dead_process_is_taken_over_at_once(place: Path, leases: 
     assert not (place / token).exists()
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("elsewhere", ["000000000000-123-456-0", "x0123456789abcdef-123-0-0"])
 def test_one_that_cannot_be_looked_at_is_waited_for(place: Path, elsewhere: str) -> None:
     """Its own beat counts, by the clock of who waits; what its clock says does not."""
@@ -117,6 +119,7 @@ def take_over(place: Path, former: Leases) -> Path:
     return folder
 
 
+@pytest.mark.fault("F26")
 def test_who_was_taken_over_has_no_paths_left_and_its_late_rename_changes_nothing(place: Path, leases: Leases) -> None:
     assert leases.claim(place) is None
     mine = place / leases.token(place)
@@ -221,6 +224,7 @@ def claimer(work: Path, ids: list[str], results: multiprocessing.Queue[str], sta
     os._exit(0)
 
 
+@pytest.mark.fault("F13")
 def test_of_many_that_claim_at_once_one_wins_each_slide(tmp_path: Path) -> None:
     ids = [f"s{i}" for i in range(60)]  # some a dead process had, some are free, some are new
     owned_by(dead(), tmp_path / ids[0])
@@ -255,6 +259,7 @@ def test_litter_of_the_dead_is_swept_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "old.x0-1-0-2.tmp").touch()
     os.utime(tmp_path / "old.x0-1-0-2.tmp", (1, 1))
     (tmp_path / "elsewhere.x0-1-0-2.tmp").touch()
+    (tmp_path / f".repair-{gone}" / "slides").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "full" / FREE).mkdir(parents=True)
     (tmp_path / "threads-1").touch()

@@ -73,6 +73,7 @@ def no_work_left(out: Path) -> bool:
     return not [path for path in (out / ".work").iterdir() if path.is_dir()]
 
 
+@pytest.mark.fault("F13")
 def test_two_runs_at_once_do_each_slide_once_and_both_have_all_outcomes(tmp_path: Path) -> None:
     jobs = jobs_of(5, tmp_path)
     outcomes: dict[int, list[Outcome]] = {}
@@ -88,6 +89,7 @@ def test_two_runs_at_once_do_each_slide_once_and_both_have_all_outcomes(tmp_path
     assert no_work_left(tmp_path / "out")
 
 
+@pytest.mark.fault("F14")
 def test_work_of_one_who_died_elsewhere_is_waited_for_and_gone_on_with(
     reference: Path, reference_job: pathology.Job, tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_waiting_for_others_can_be_stopped(reference_job: pathology.Job, tmp_pat
     assert folder.exists()
 
 
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_a_slide_that_is_lost_on_the_way_is_no_failure_and_comes_again(
     scheduler: str, reference: Path, reference_job: pathology.Job, tmp_path: Path
@@ -196,6 +199,7 @@ def after(monkeypatch: pytest.MonkeyPatch, function: str, then: Callable[[], obj
     monkeypatch.setattr(place, function, called_then)
 
 
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize("stopped_after", ["gather", "write_output", "_manifest", "_record", "sync_tree"])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_the_commit_of_one_who_was_taken_over_changes_nothing(
@@ -267,6 +271,7 @@ def wait_until(condition: Callable[[], object], *processes: subprocess.Popen[str
         time.sleep(0.01)
 
 
+@pytest.mark.fault("F13", "F14", "F26")
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheduler", "slides"), [("sync", 60), ("processes", 12)])
 def test_of_three_processes_one_is_killed_and_one_stopped_past_its_lease(scheduler: str, slides: int, tmp_path: Path) -> None:
@@ -309,6 +314,7 @@ def test_of_three_processes_one_is_killed_and_one_stopped_past_its_lease(schedul
     assert no_work_left(out)
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.slow
 def test_two_commands_started_at_once_share_the_slides(tmp_path: Path) -> None:
     folder, out = tmp_path / "slides", tmp_path / "out"
