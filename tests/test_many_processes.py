@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -147,6 +148,44 @@ def test_a_slide_that_is_lost_on_the_way_is_no_failure_and_comes_again(
     assert read_manifest(job.result_folder("identity")) == read_manifest(reference)
     assert done_by_slide(tmp_path) == {"small": 1}
     assert no_work_left(tmp_path)
+
+
+def test_what_was_begun_before_a_slide_was_lost_is_dropped_though_the_slide_is_owned_again(tmp_path: Path) -> None:
+    """Two models that read otherwise: the second is begun after the slide was lost, and free again."""
+    (one,) = jobs_of(1, tmp_path)
+    jobs = [one, replace(one, model="pathology.testing:identity?tile_px=16&mpp=1")]
+    seen: list[str] = []
+
+    def lose(progress: Progress) -> None:
+        seen.append(progress.event)
+        if len(seen) == 1:
+            (work,) = one.work_place.iterdir()
+            work.rename(one.work_place / FREE)
+
+    outcomes = list(run(jobs, "sync", progress=lose))
+    assert [(o.status, o.message) for o in outcomes] == [("ok", "")] * 2
+    assert seen.count("planned") > 2
+    assert no_work_left(tmp_path / "out")
+
+
+def test_a_slide_that_another_has_is_not_copied_ahead(tmp_path: Path) -> None:
+    jobs = [replace(job, stage=str(tmp_path / "disk")) for job in jobs_of(2, tmp_path)]
+    held_elsewhere(jobs[0])
+    assert [o.status for o in run(jobs, "sync", lease_s=0.5)] == ["ok", "ok"]
+    assert [e["slide"] for e in read_events(tmp_path / "out") if e["event"] == "slide-staged"] == ["s1"]
+
+
+def test_owners_build_results_under_names_of_their_own(tmp_path: Path) -> None:
+    """A rename that waits on its way to a server names folders by their numbers, not by the paths they had."""
+    one, other = (Work(tmp_path / token / "model", {}) for token in ("one", "other"))
+    one.partial.mkdir(parents=True)
+    folder = os.open(one.folder, os.O_RDONLY)
+    (tmp_path / "one").rename(tmp_path / "other")
+    other.clear_partial()
+    other.partial.mkdir()
+    with pytest.raises(FileNotFoundError):
+        os.rename(one.partial.name, tmp_path / "result", src_dir_fd=folder)  # by the folder that is open
+    os.close(folder)
 
 
 def test_what_another_has_finished_meanwhile_is_the_outcome(tmp_path: Path) -> None:
