@@ -1,16 +1,20 @@
 """Writes that survive a crash. Promise: a path either holds the whole of what was written, on disk, or what it held before.
 
-Temporary names end in `.tmp` and carry no random part, so that what a crash leaves behind is overwritten, not collected.
+Many processes may write one path: each writes a temporary file of its own, `<name>.<its mark>-<number>.tmp`, and the last
+rename stands. What a dead one leaves behind is removed by `sweep_temporaries`.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pathology.alive import known_dead, mark
 from pathology.errors import EnvironmentFault
 
 # Errors of a disk or share, not of a slide.
@@ -28,17 +32,41 @@ DISK_ERRORS = {
     errno.ENOTCONN,
 }
 
+# Temporary files of processes elsewhere, of which nothing can be known, are taken for litter after this long.
+LITTER_S = 24 * 3600.0
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
-    with new_file(path) as write:
+_temporaries = itertools.count()
+
+
+def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
+    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder.
+
+    beside  folder for the temporary file, on the same file system: where that is gone, `path` stays as it is
+    """
+    with new_file(path, beside) as write:
         write(data)
 
 
+def write_once(path: Path, data: bytes) -> bytes:
+    """Write `data` to `path` unless another did before, maybe at this very moment; what stands there, for all alike."""
+    temporary = _temporary(path, path.parent)
+    write_file(temporary, data)
+    with output_faults(path):
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # no hard links here: the last one wins
+            temporary.replace(path)
+        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        return path.read_bytes()
+
+
 @contextmanager
-def new_file(path: Path) -> Iterator[Callable[[bytes], None]]:
+def new_file(path: Path, beside: Path | None = None) -> Iterator[Callable[[bytes], None]]:
     """Replace `path` by all that is written inside: gives a function that appends. Where the inside raises, nothing changes."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path, beside or path.parent)
     with output_faults(path):
         file = temporary.open("wb", buffering=0)
 
@@ -85,11 +113,26 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def make_folders(folder: Path) -> None:
-    """Create `folder` and its parents, each made to last."""
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what dead processes were writing in `folder`, and what is a day old."""
+    for path in list(folder.glob("*.tmp")):
+        writer = path.name.removesuffix(".tmp").rpartition(".")[2]
+        with suppress(OSError):  # another sweeps as well
+            if known_dead(writer) or time.time() - path.stat().st_mtime > LITTER_S:
+                path.unlink()
+
+
+def _temporary(path: Path, folder: Path) -> Path:
+    return folder / f"{path.name}.{mark()}-{next(_temporaries)}.tmp"
+
+
+def make_folders(folder: Path, within: Path | None = None) -> None:
+    """Create `folder` and its parents, each made to last. `within`: one of them that must be there, else FileNotFoundError."""
     if folder.is_dir():
         return
-    make_folders(folder.parent)
+    if folder == within:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    make_folders(folder.parent, within)
     with output_faults(folder):
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)

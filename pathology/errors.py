@@ -37,6 +37,11 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The type of an error that nobody expected, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class UsageError(PathologyError, ValueError):
     """The request makes no sense as stated: an option, a slide list, a refusal to mix results (exit code 2)."""
 

@@ -83,8 +83,8 @@ def finish(
         )
     partial = work.partial
     with output_faults(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        work.clear_partial()
+        partial.mkdir()  # its parent is gone where the slide has another owner by now
         bad = np.array(bad_tiles, np.int32).reshape(-1, 2)
         written = write_output(partial, Ended(work, plan, slide, spec, bad, job.heatmap_dtype, stains))
         if bad_tiles:
@@ -283,11 +283,11 @@ def _version() -> str:
         return "source"
 
 
-def write_if_changed(path: Path, data: bytes) -> None:
-    """Replace `path` durably unless it holds `data` already."""
+def write_if_changed(path: Path, data: bytes, beside: Path) -> None:
+    """Replace `path` durably unless it holds `data` already. `beside`: a folder of the owner; once it is gone, nothing is."""
     try:
         if path.read_bytes() == data:
             return
     except FileNotFoundError:
         make_folders(path.parent)
-    write_file(path, data)
+    write_file(path, data, beside)

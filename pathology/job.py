@@ -17,9 +17,11 @@ from pathology.model import ModelSpec
 from pathology.stitch import Blend
 
 SCHEMA = 1
+# Owner of work that nobody owns.
+FREE = "free"
 
 # Fields of a job that say where and how it runs rather than what it is.
-NOT_ASKED = frozenset(("out", "stage", "stage_bytes", "overwrite", "strict", "columns"))
+NOT_ASKED = frozenset(("out", "stage", "stage_bytes", "overwrite", "strict", "columns", "owner"))
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
@@ -61,6 +63,7 @@ class Job:
     overwrite    replace results that were made from other inputs or parameters
     strict       refuse to finish a slide whose regions come from different environments
     columns      (name, value) pairs of the slide list that are passed through to the record
+    owner        who works on the slide, and so where: a token of `lease.Leases`
     """
 
     slide: str
@@ -94,6 +97,7 @@ class Job:
     overwrite: bool = False
     strict: bool = False
     columns: tuple[tuple[str, str], ...] = ()
+    owner: str = FREE
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
@@ -143,9 +147,14 @@ class Job:
     def result_folder(self, model_name: str) -> Path:
         return self.slide_folder / model_name
 
+    @property
+    def work_place(self) -> Path:
+        """Unfinished work of this slide, whoever owns it."""
+        return Path(self.out) / ".work" / self.slide_id
+
     def work_folder(self, model_name: str) -> Path:
         """Unfinished work, on the same file system as the results, so that a rename commits."""
-        return Path(self.out) / ".work" / self.slide_id / model_name
+        return self.work_place / self.owner / model_name
 
 
 def key_of(fields: Mapping[str, Any]) -> str:

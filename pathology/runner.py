@@ -1,7 +1,8 @@
 """A run: all regions of all slides through one bounded window of tasks.
 
 Promise: one slide's failure ends that slide alone; a fault of the machine ends the run and fails no slide; and after either,
-or a crash, the same call goes on where this one stopped.
+or a crash, the same call goes on where this one stopped. Any number of processes may run the same jobs: each slide is worked on
+by one, and what the others do is waited for.
 """
 
 from __future__ import annotations
@@ -10,27 +11,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pathology import slide_worker, worker
-from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError
+from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError, first_line
 from pathology.events import emit
-from pathology.finish import MANIFEST
 from pathology.job import Job
-from pathology.model import ModelSpec
-from pathology.models import load_spec
+from pathology.lease import LEASE_S, Leases, Owner
 from pathology.schedule import Done, Tasks, open_tasks
 from pathology.staging import Stage, open_stage
-from pathology.together import groups, pixels_of
+from pathology.trials import needed, try_models
+from pathology.turns import Turns
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
-# Slides of which the first that opens is read from to measure how quick reading is.
-SLIDES_TRIED = 4
 # Token of the task that looks at the first slide while the model is loaded.
 LOOK = "look"
 # Tasks in the window that begin or end slides, beside twice the regions that run.
@@ -46,7 +44,7 @@ _WAKE = object()
 class Outcome:
     """How a job ended: `record` (its result.json), or a reason and what to do about it.
 
-    before   it was finished by an earlier run
+    before   it was finished by an earlier run, or by another that works on the same jobs
     """
 
     job: Job
@@ -60,9 +58,10 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Something happened: "planned" with forward passes to come, "region" with forward passes done, both of one job;
-    "in-place": the slide is read where it lies although it was to be staged, and the message says why."""
+    "in-place": the slide is read where it lies although it was to be staged, and the message says why; "waiting": nothing is
+    left but slides that other processes work on, and the message says which has this one."""
 
-    event: Literal["planned", "region", "in-place"]
+    event: Literal["planned", "region", "in-place", "waiting"]
     job: Job
     tiles: int
     message: str = ""
@@ -78,13 +77,16 @@ class _State:
 
     todo   regions not yet handed out
     tiles  forward passes per region
+    ended  it has an outcome
+    lost   another process has taken its slide over: what is still under way here is for nothing
     """
 
     job: Job
     todo: set[int] = field(default_factory=set)
     tiles: dict[int, int] = field(default_factory=dict)
     running: int = 0
-    failed: bool = False
+    ended: bool = False
+    lost: bool = False
 
 
 @dataclass(slots=True)
@@ -120,11 +122,15 @@ def run(
     dashboard: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
-) -> Iterator[Outcome]:
+    known: Callable[[Job], Outcome | None] = lambda _: None,
+    lease_s: float = LEASE_S,
+) -> Generator[Outcome, None, None]:
     """Compute all jobs; yields an outcome for each as it ends.
 
     scheduler  "sync" (the reference), "threads", "processes" (two for each device), or "tcp://127.0.0.1:PORT"
     stop       set it to end early: running regions are let end, then Interrupted is raised
+    known      the failure of a job that stands, if another process or run has met one; asked once the slide is this process's
+    lease_s    after so long without a sign of life from another process that has a slide, it is taken over
 
     Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
     EnvironmentFault where output, disk, device or the slides' share fail.
@@ -133,10 +139,12 @@ def run(
         message = f"--stage copies to a disk of this machine, which workers of {scheduler} may not see; leave it out"
         raise UsageError(message)
     processes = devices if scheduler == "processes" else 1
-    with open_stage(jobs) or nullcontext() as stage:
+    with closing(Leases(lease_s)) as leases, open_stage(jobs) or nullcontext() as stage:
         tasks = open_tasks(scheduler, devices, dashboard)
         try:
-            window = _Window(jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage)
+            window = _Window(
+                jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage, leases, known
+            )
             yield from window.outcomes()
         finally:
             tasks.close()
@@ -153,17 +161,20 @@ class _Window:
         stop: threading.Event,
         processes: int,  # that share a machine's cores
         stage: Stage | None,
+        leases: Leases,
+        known: Callable[[Job], Outcome | None],
     ) -> None:
         self._processes = processes
         self._states = [_State(job) for job in jobs]
-        self._groups: list[_Group] = []
+        self._turns = Turns(leases, jobs, self._waits_for)
+        self._known = known
+        self._found: deque[tuple[int, Outcome]] = deque()  # failures that stand, by the place of their job
         self._group: dict[int, _Group] = {}  # by the place of a job
         self._tasks = tasks
         self._progress = progress
         self._stop = stop
         self._stage = stage
         self._running: set[_Task] = set()
-        self._next = 0  # the first group not yet being prepared
         self._active: deque[_Group] = deque()  # groups with regions to hand out, in order
         self._first: deque[_Task] = deque()  # ends of slides, before anything else
         self._suspects: deque[_Task] = deque()  # tasks whose worker died: each runs alone
@@ -171,7 +182,9 @@ class _Window:
     def outcomes(self) -> Iterator[Outcome]:
         self._check_models()
         if self._stage is not None:
-            self._stage.start(_needed, lambda: self._tasks.done.put(Done(_WAKE)))
+            self._stage.start(
+                lambda job: needed(job) and self._turns.claim_ahead(job), lambda: self._tasks.done.put(Done(_WAKE))
+            )
         room = 1 if self._tasks.in_order else 2 * self._tasks.slots() + BESIDE
         while True:
             if self._stop.is_set():
@@ -179,7 +192,11 @@ class _Window:
                 raise Interrupted("the run was stopped; finished regions are kept: run the same command again to go on")
             while (task := self._choose(room)) is not None:
                 self._submit(task)
-            if not self._running and self._next == len(self._groups):
+            while self._found:
+                place, outcome = self._found.popleft()
+                yield outcome
+                self._let_go(place)
+            if not self._running and self._turns.over:
                 return
             try:
                 done = self._tasks.done.get(timeout=0.2)
@@ -190,54 +207,14 @@ class _Window:
             yield from self._handle(done)
 
     def _check_models(self) -> None:
-        """Try each model once, divide the cores between those that read alike, and see which jobs are run together."""
-        shared: dict[tuple[object, ...], list[_State]] = {}
+        """Try each model once, and queue the jobs as they are run together."""
         if self._states and self._tasks.apart:
             # While one process loads torch for the first model, another can look at the first slide.
             self._tasks.submit(LOOK, slide_worker.look, replace(self._states[0].job, stage=None), kind="slides")
-        for state in self._states:
-            shared.setdefault(worker.model_of(state.job), []).append(state)
-        alike: dict[tuple[object, ...], list[list[_State]]] = {}
-        specs: dict[tuple[object, ...], ModelSpec] = {}
-        for states in shared.values():
-            spec: ModelSpec = self._of_model(states[0].job, worker.check_model)
-            if not states[0].job.batch_size:
-                size: int = self._of_model(states[0].job, worker.find_batch_size, self._processes)
-                for state in states:
-                    state.job = replace(state.job, batch_size=size)
-            job = states[0].job
-            specs[worker.model_of(job)] = spec
-            alike.setdefault((job.device, job.threads, job.readers, pixels_of(spec)), []).append(states)
-        spec_of = [specs[worker.model_of(state.job)] for state in self._states]
-        for models in alike.values():
-            if not (models[0][0].job.threads and models[0][0].job.readers):
-                self._divide_cores(models)
-        for places in groups([state.job for state in self._states], spec_of):
-            self._groups.append(_Group(places, len(places)))
-            self._group.update(dict.fromkeys(places, self._groups[-1]))
-
-    def _of_model(self, job: Job, function: Callable[..., object], *arguments: object) -> Any:
-        """What `function` says of the job's model. ModelError where it ends its process or fails."""
-        done = self._alone(function, replace(job, stage=None), *arguments)
-        if done.died:
-            raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
-        _raise_model_error(job, done)
-        return done.value
-
-    def _divide_cores(self, models: list[list[_State]]) -> None:
-        """Give the jobs of each of `models`, which read alike, their threads. Models whose results all stand do not count."""
-        computed = [states for states in models if len(models) == 1 or any(_needed(state.job) for state in states)] or models
-        first = [replace(states[0].job, stage=None) for states in computed]
-        tried = [replace(state.job, stage=None) for state in computed[0][1:SLIDES_TRIED]]
-        done = self._alone(worker.divide_cores, (*first, *tried), self._processes)
-        if done.died:  # a slide's fault; whose, will be seen when its turn comes
-            done = self._alone(worker.divide_cores, tuple(first), self._processes, False)
-        _raise_model_error(first[0], done)
-        splits = dict(zip(map(worker.model_of, first), done.value, strict=False))
-        for states in models:
-            split = splits.get(worker.model_of(states[0].job), done.value[0])
-            for state in states:
-                state.job = replace(state.job, readers=split.readers, threads=split.threads)
+        jobs, together = try_models([state.job for state in self._states], self._alone, self._processes)
+        for state, job in zip(self._states, jobs, strict=True):
+            state.job = job
+        self._turns.queue(together)
 
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
         """Run `function` as a task while nothing else runs but a first look, and wait for its end."""
@@ -261,30 +238,49 @@ class _Window:
         if self._first:
             return self._first.popleft()
         preparing = sum(task.kind == "prepare" for task in self._running)
-        if self._next_is_ready() and len(self._active) + preparing < SLIDES_AHEAD:
-            return self._begin_next()
+        if len(self._active) + preparing < SLIDES_AHEAD and (task := self._begin_next()) is not None:
+            return task
         while self._active:
             group = self._active[0]
             while group.reads:
-                parts = tuple(part for part in group.reads.popleft() if not self._states[part[0]].failed)
+                parts = tuple(part for part in group.reads.popleft() if not self._states[part[0]].ended)
                 for place, region in parts:
                     self._states[place].todo.remove(region)
                 if parts:
                     return _Task("region", parts)
             self._active.popleft()
-        if preparing < SLIDES_AHEAD and self._next_is_ready():
-            return self._begin_next()
+        return self._begin_next() if preparing < SLIDES_AHEAD else None
+
+    def _begin_next(self) -> _Task | None:
+        """Begin the next group whose slide can be had and that is not known to fail; None where there is none now."""
+        while self._next_is_ready():
+            turn = self._turns.begin(idle=not self._running)
+            if turn is None:
+                continue
+            places, token = turn
+            begun: list[int] = []
+            for place in places:
+                state = self._states[place]
+                state.job = replace(state.job, owner=token)
+                if state.ended:
+                    continue
+                if (outcome := self._known(state.job)) is None:
+                    begun.append(place)
+                else:
+                    state.ended = True
+                    self._found.append((place, outcome))
+            if begun:
+                self._group.update(dict.fromkeys(places, _Group(places, len(begun))))
+                return _Task("prepare", tuple((place, -1) for place in begun))
         return None
 
-    def _begin_next(self) -> _Task:
-        self._next += 1
-        return _Task("prepare", tuple((place, -1) for place in self._groups[self._next - 1].places))
-
     def _next_is_ready(self) -> bool:
-        """Whether there are jobs left to prepare and their slide lies where it will be read."""
-        if self._next == len(self._groups):
-            return False
-        return self._stage is None or self._stage.ready(self._groups[self._next].places[0], SLIDES_AHEAD)
+        """Whether there is a group to begin and its slide lies where it will be read."""
+        group = self._turns.next()
+        return group is not None and (self._stage is None or self._stage.ready(group[0], SLIDES_AHEAD))
+
+    def _waits_for(self, place: int, owner: Owner) -> None:
+        self._progress(Progress("waiting", self._states[place].job, 0, str(owner)))
 
     def _submit(self, task: _Task) -> None:
         self._running.add(task)
@@ -332,23 +328,37 @@ class _Window:
                 value = done.value[number]
                 end = Done(task, error=value) if isinstance(value, Exception) else Done(task, value=value)
             outcome = self._consider(_Task(task.kind, ((place, region),), task.deaths), state, end)
-            if self._stage is not None and (outcome is not None or state.failed) and not state.running:
-                self._stage.end(place)
             if outcome is not None:
+                state.ended = True
                 yield outcome
+            self._let_go(place)
+        self._come_again(task.parts[0][0])
+
+    def _let_go(self, place: int) -> None:
+        """Free what a job held, if it has ended: after its outcome is on record, and when no task of it runs."""
+        state = self._states[place]
+        if not state.ended or state.running:
+            return
+        if self._stage is not None:
+            self._stage.end(place)
+        self._turns.end(place)
 
     def _consider(self, task: _Task, state: _State, done: Done) -> Outcome | None:
         """What a task's end means for one job; the outcome if the job has ended with it."""
-        if state.failed:
+        ((place, region),) = task.parts
+        failed = done.died or done.error is not None
+        if state.ended or (state.lost and (failed or task.kind != "finish")):
             return None
         if done.died and task.deaths == 0:
             # Any of the tasks on that worker may be the culprit: each runs again, alone, and only a second death counts.
             self._suspects.append(replace(task, deaths=1))
             return None
-        ((place, region),) = task.parts
+        if failed and not self._turns.owns(state.job):
+            self._lose(place)
+            return None
         if task.kind == "prepare":
             return self._prepared(place, state, done)
-        if done.error is not None:
+        if failed:
             return self._failed(state, done)
         if task.kind == "finish":
             return Outcome(state.job, done.value["status"], done.value)
@@ -357,6 +367,26 @@ class _Window:
         if not state.todo and not state.running and not waiting:
             self._first.append(_Task("finish", task.parts))
         return None
+
+    def _lose(self, place: int) -> None:
+        """Drop what is under way of a slide that another process has taken over: its errors are no fault of the slide."""
+        for other in self._turns.beside(place):
+            self._states[other].lost = True
+            self._states[other].todo.clear()
+        self._first = deque(task for task in self._first if not self._is_lost(task.parts))
+        self._suspects = deque(task for task in self._suspects if not self._is_lost(task.parts))
+        self._active = deque(group for group in self._active if not any(self._states[p].lost for p in group.places))
+
+    def _is_lost(self, parts: Iterable[tuple[int, int]]) -> bool:
+        return any(self._states[place].lost for place, _ in parts)
+
+    def _come_again(self, place: int) -> None:
+        """Let a lost slide come again, once no task of it runs."""
+        jobs = [self._states[other] for other in self._turns.beside(place)]
+        if any(state.lost for state in jobs) and not any(state.running for state in jobs):
+            for state in jobs:
+                state.lost = False
+            self._turns.again(place)
 
     def _prepared(self, place: int, state: _State, done: Done) -> Outcome | None:
         group = self._group[place]
@@ -386,7 +416,6 @@ class _Window:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
-        state.failed = True
         if done.died:
             message = "the worker process died on this slide twice; the file or the model crashes a native library"
             return Outcome(state.job, "failed", reason=Reason.CRASHED, message=message)
@@ -394,7 +423,7 @@ class _Window:
             return Outcome(state.job, "failed", reason=error.reason, message=str(error))
         reason = Reason.MODEL_ERROR if isinstance(error, ModelError) else Reason.INTERNAL
         assert error is not None
-        return Outcome(state.job, "failed", reason=reason, message=_line(error))
+        return Outcome(state.job, "failed", reason=reason, message=first_line(error))
 
     def _drain(self) -> None:
         """Let running tasks end, for a while; what they stage is kept."""
@@ -408,11 +437,6 @@ class _Window:
                 self._running.discard(done.token)
 
 
-def _needed(job: Job) -> bool:
-    """Whether a job will read its slide. Where a result stands, `prepare` looks at it with a few reads in place."""
-    return job.overwrite or not (job.result_folder(load_spec(job.model).name) / MANIFEST).exists()
-
-
 def _reads(begun: dict[int, slide_worker.Prepared]) -> list[tuple[tuple[int, int], ...]]:
     """The regions of jobs by their place in the run, those that lie in one place of the slide together, in order."""
     together: dict[slide_worker.Cell, list[tuple[int, int]]] = {}
@@ -420,15 +444,3 @@ def _reads(begun: dict[int, slide_worker.Prepared]) -> list[tuple[tuple[int, int
         for region, cell in zip(prepared.todo, prepared.cells, strict=True):
             together.setdefault(cell, []).append((place, region))
     return [tuple(together[cell]) for cell in sorted(together)]
-
-
-def _raise_model_error(job: Job, done: Done) -> None:
-    """Raise what a trial of the job's model ended with, if it is an error."""
-    if isinstance(done.error, PathologyError):
-        raise done.error
-    if done.error is not None:
-        raise ModelError(f"model {job.model} failed on made-up tiles: {_line(done.error)}") from done.error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

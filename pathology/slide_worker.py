@@ -23,12 +23,13 @@ from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
+from pathology.durable import make_folders, sweep_temporaries
 from pathology.encoding import choose_encoding
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
-from pathology.job import Job, key_difference, key_of
+from pathology.job import FREE, Job, key_difference, key_of
 from pathology.memory import CACHE_SHARE
 from pathology.model import ModelSpec
 from pathology.models import load_spec
@@ -158,7 +159,9 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
         work.clear()
         return Prepared(record)
     _, plan = plan_slide(job, slide, spec, [_spec(other) for other in together])
-    _write_tissue(job, _tissue_files(slide, job))
+    make_folders(work.folder, within=work.folder.parent if job.owner != FREE else None)
+    sweep_temporaries(work.folder)
+    _write_tissue(job, _tissue_files(slide, job), work.folder)
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
@@ -373,7 +376,7 @@ def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, An
     )
 
 
-def _write_tissue(job: Job, contents: tuple[bytes, bytes]) -> None:
+def _write_tissue(job: Job, contents: tuple[bytes, bytes], beside: Path) -> None:
     for name, data in zip(TISSUE_FILES, contents, strict=True):
         path = job.slide_folder / name
         others = list(job.slide_folder.glob("*/manifest.json")) if path.exists() else []
@@ -381,7 +384,7 @@ def _write_tissue(job: Job, contents: tuple[bytes, bytes]) -> None:
             raise UsageError(
                 f"slide {job.slide_id} has results for tissue found otherwise; choose another --out, or pass --overwrite"
             )
-        write_if_changed(path, data)
+        write_if_changed(path, data, beside)
 
 
 def open_slide_of(job: Job) -> Slide:

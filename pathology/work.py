@@ -1,4 +1,4 @@
-"""Unfinished work of one slide and model: staged regions under `<out>/.work/<slide>/<model>/`.
+"""Unfinished work of one slide and model: staged regions under `<out>/.work/<slide>/<owner>/<model>/`.
 
 Promise: a region counts as done only when its marker parses, names this key and this plan, and the hashes of the staged
 bytes are the marker's. That a file exists is never the test. Regions go to disk and back block by block, never whole.
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.clock import timed
-from pathology.durable import make_folders, new_file, output_faults, sync_folder, write_file
+from pathology.durable import make_folders, new_file, output_faults, sweep_temporaries, sync_folder, write_file
 from pathology.errors import UsageError
 from pathology.geometry import Box
 from pathology.job import key_difference, key_of
@@ -31,6 +31,7 @@ from pathology.records import MOST_BYTES, MOST_WORK_BYTES, check_fields, read_ob
 from pathology.stitch import bands
 
 SCHEMA = 3
+PARTIAL = "partial-"
 
 # Columns of a block: what is read and hashed at once. Blocks end at multiples of it, as shards of a heatmap do.
 BLOCK_PX = 1024
@@ -58,14 +59,16 @@ class Work:
 
     def __init__(self, folder: Path, fields: Mapping[str, Any]) -> None:
         self.folder = folder
+        self._slide = folder.parent.parent.name
         self.fields = dict(fields)
         self.key = key_of(fields)
         self._plan_sha256 = ""
 
     @property
     def partial(self) -> Path:
-        """Where the finished result is built before its one rename; a stable name, so a crash leaves one at most."""
-        return self.folder / "partial"
+        """Where the finished result is built before its one rename. Named by the owner, so that a rename that a former one has
+        asked a server for, and that comes there after all, cannot take another's unfinished result."""
+        return self.folder / f"{PARTIAL}{self.folder.parent.name}"
 
     @property
     def replaced(self) -> Path:
@@ -80,22 +83,27 @@ class Work:
     def begin(self, plan: Plan, overwrite: bool) -> Plan:
         """The plan to work by: the one already begun with if the key is the same, else `plan`, now on record.
 
+        The owner's folder must be there: who has lost it begins nothing.
+
         Raises UsageError, with the difference named, if unfinished work of another key lies here and `overwrite` is off.
         """
         record = self._record()
         if record is not None:
             if record["fields"] == self.fields:
                 self._plan_sha256 = _sha256(record["plan"].encode())
+                sweep_temporaries(self.folder / "regions")
                 return Plan.from_json(record["plan"])
             if not overwrite:
                 difference = key_difference(record["fields"], self.fields)
                 raise UsageError(
-                    f"unfinished work of slide {self.folder.parent.name} was begun otherwise ({difference}); "
+                    f"unfinished work of slide {self._slide} was begun otherwise ({difference}); "
                     "finish it with the options it was begun with, choose another --out, or drop it with --overwrite"
                 )
         self.clear()
         text = plan.to_json()
-        make_folders(self.folder / "regions")
+        make_folders(self.folder / "regions", within=self.folder.parent)
+        for folder in self.folder.parents[:3]:  # which a claim has not made to last
+            sync_folder(folder)
         record = {"schema": SCHEMA, "fields": self.fields, "plan": text}
         write_file(self.folder / "plan.json", _json({**record, "sha256": _sha256(_json(record))}))
         self._plan_sha256 = _sha256(text.encode())
@@ -105,7 +113,7 @@ class Work:
         """The plan that work of this key was begun by. Raises UsageError where none was."""
         record = self._record()
         if record is None or record["fields"] != self.fields:
-            raise UsageError(f"unfinished work of slide {self.folder.parent.name} is gone or was replaced; run the same again")
+            raise UsageError(f"unfinished work of slide {self._slide} is gone or was replaced; run the same again")
         self._plan_sha256 = _sha256(record["plan"].encode())
         return Plan.from_json(record["plan"])
 
@@ -161,9 +169,7 @@ class Work:
         """The marker of a region: {sha256, counts, environment, bad_tiles, ...}. Raises UsageError if this work has none."""
         marker = self._marker(index)
         if marker is None:
-            raise UsageError(
-                f"region {index} of slide {self.folder.parent.name} is not done; run the same command again to compute it"
-            )
+            raise UsageError(f"region {index} of slide {self._slide} is not done; run the same command again to compute it")
         return marker
 
     def load(self, region: Region, box: Box) -> Iterator[tuple[Box, NDArray[np.float32]]]:
@@ -194,6 +200,11 @@ class Work:
                 common = box.intersect(block)
                 scores[:, *common.slices(box)] = staged[:, *common.slices(block)]
         return scores
+
+    def clear_partial(self) -> None:
+        """Remove what crashes have left half-built, this owner's and others'."""
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def clear(self) -> None:
         """Forget everything staged here. The plan goes first: without it nothing here counts as begun."""
@@ -239,9 +250,7 @@ class Work:
         return data if data is not None and marker.get("sha256") == [_sha256(data)] else None
 
     def _changed(self, region: Region) -> UsageError:
-        return UsageError(
-            f"region {region.index} of slide {self.folder.parent.name} has changed on disk; run the same command again"
-        )
+        return UsageError(f"region {region.index} of slide {self._slide} has changed on disk; run the same command again")
 
     def _blocks(self, region: Region, marker: Mapping[str, Any], box: Box) -> Iterator[tuple[Box, bytes | None]]:
         """The blocks that share pixels with `box`, with their bytes; None for bytes that are not what the marker names."""

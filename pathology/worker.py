@@ -28,7 +28,7 @@ from pathology.calls import WorkerDied, sendable
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
 from pathology.device import environment, set_threads
-from pathology.durable import make_folders, write_file
+from pathology.durable import make_folders, write_once
 from pathology.errors import Reason, SlideError
 from pathology.events import emit
 from pathology.infer import Tile, detect_region, infer_region
@@ -113,13 +113,12 @@ def _kept_path(job: Job, what: str, spec: ModelSpec, run: list[object]) -> Path:
 
 
 def _kept_number(path: Path, find: Callable[[], int]) -> int:
-    """What `find` gave when it was first asked."""
+    """What `find` gave when it was first asked, by whatever process."""
     if path.exists():
         return int(path.read_text())
     number = find()
     make_folders(path.parent)
-    write_file(path, str(number).encode())
-    return number
+    return int(write_once(path, str(number).encode()))
 
 
 def _at_once(job: Job, spec: ModelSpec) -> int:

@@ -1,17 +1,15 @@
-"""A run's life: lock, jobs, outcomes, records, exit code. Promise: whatever ends it, the records say how far it came."""
+"""A run's life: jobs, outcomes, records, exit code. Promise: whatever ends it, the records say how far it came."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -24,13 +22,14 @@ from pathology.durable import make_folders, output_faults
 from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.export import can_export
+from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.slides import SlideEntry
-from pipelines.summary import clear_failure, read_failure, write_failure, write_summary
+from pipelines.summary import clear_failure, known_failures, write_failure, write_summary
 
 OK, SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 75
 
@@ -48,6 +47,7 @@ class Conduct:
     max_failures: int | None = None
     allow_failures: int = 0
     log_format: Literal["text", "json"] = "text"
+    lease_s: float = LEASE_S
 
 
 def exit_code(error: PathologyError) -> int:
@@ -84,16 +84,18 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     for job in jobs:
         job.stride_px(specs[job.model])
     out = settings.out
-    with lock_output(out), _stop_on_signals() as stop:
+    make_folders(out / ".work")
+    with _stop_on_signals() as stop:
         ids = list(dict.fromkeys(job.slide_id for job in jobs))
         names = [specs[ref].name for ref in models]
         emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
         report = _Report(len(jobs), conduct.log_format)
         failed, why = 0, ""
         try:
+            known = known_failures(jobs, {ref: spec.name for ref, spec in specs.items()}, conduct.retry_failed)
             todo = []
             for job in jobs:
-                before = None if conduct.retry_failed else read_failure(job, specs[job.model].name)
+                before = known(job)
                 if before is None:
                     todo.append(job)
                 else:
@@ -101,17 +103,26 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
             outcomes = run(
-                todo, conduct.scheduler, devices=devices, dashboard=conduct.dashboard, progress=report.progress, stop=stop
+                todo,
+                conduct.scheduler,
+                devices=devices,
+                dashboard=conduct.dashboard,
+                progress=report.progress,
+                stop=stop,
+                known=known,
+                lease_s=conduct.lease_s,
             )
-            for outcome in outcomes if todo else ():
-                spec = specs[outcome.job.model]
-                _keep(outcome, spec.name, [kind for kind in conduct.exports if can_export(spec.output, kind)])
-                report.outcome(outcome, spec)
-                failed += outcome.status in ("failed", "partial")
-                if conduct.max_failures is not None and failed > conduct.max_failures:
-                    why = f"{failed} slides failed or partial, more than --max-failures {conduct.max_failures}"
-                    report.line(f"stopped: {why}")
-                    break
+            # Closed before the table is made: by then no slide is this process's any more.
+            with closing(outcomes):
+                for outcome in outcomes if todo else ():
+                    spec = specs[outcome.job.model]
+                    _keep(outcome, spec.name, [kind for kind in conduct.exports if can_export(spec.output, kind)])
+                    report.outcome(outcome, spec)
+                    failed += outcome.status in ("failed", "partial")
+                    if conduct.max_failures is not None and failed > conduct.max_failures:
+                        why = f"{failed} slides failed or partial, more than --max-failures {conduct.max_failures}"
+                        report.line(f"stopped: {why}")
+                        break
         except BaseException as error:
             why = one_line(error)
             raise
@@ -120,7 +131,6 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                 emit(out, "run-end", {"failed": failed, "why": why})
             report.close()
             write_summary(out)
-            _sweep(out / ".work")
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
@@ -141,12 +151,13 @@ def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, c
 def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
     """Put an outcome on record, and make the exports that were asked for."""
     job = outcome.job
-    if outcome.record is None:
-        emit(Path(job.out), "slide-failed", {"slide": job.slide_id, "model": model_name, "reason": outcome.reason})
-        write_failure(outcome, model_name)
-        return
     if outcome.before:
         _emit_kept(outcome, model_name)
+    elif outcome.record is None:
+        emit(Path(job.out), "slide-failed", {"slide": job.slide_id, "model": model_name, "reason": outcome.reason})
+        write_failure(outcome, model_name)
+    if outcome.record is None:
+        return
     clear_failure(job, model_name)
     for kind in exports:
         from pathology.export.result import export_result  # brings zarr, which takes as long as all the rest of a run's end
@@ -159,13 +170,6 @@ def _emit_kept(outcome: Outcome, model_name: str) -> None:
     reason = outcome.reason if outcome.record is None else outcome.record["reason"]
     what = {"slide": outcome.job.slide_id, "model": model_name}
     emit(Path(outcome.job.out), "slide-kept", {**what, "status": outcome.status, "reason": reason})
-
-
-def _sweep(work: Path) -> None:
-    """Remove the folders of slides that have no unfinished work left."""
-    for folder in work.iterdir():
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 class _Report:
@@ -182,6 +186,8 @@ class _Report:
     def progress(self, step: Progress) -> None:
         if step.event == "in-place":
             self._in_place(step)
+        elif step.event == "waiting":
+            self._waiting(step)
         elif step.event == "planned":
             self._bar.total += step.tiles
             self._bar.refresh()
@@ -193,6 +199,12 @@ class _Report:
             self.line(json.dumps({"event": "in-place", "slide": step.job.slide, "id": step.job.slide_id, "why": step.message}))
         else:
             self.line(f"in place  {step.job.slide_id}  is read where it lies: {step.message}")
+
+    def _waiting(self, step: Progress) -> None:
+        if self._json:
+            self.line(json.dumps({"event": "waiting", "slide": step.job.slide, "id": step.job.slide_id, "for": step.message}))
+        else:
+            self.line(f"waits for {step.message}: slide {step.job.slide_id}")
 
     def outcome(self, outcome: Outcome, spec: ModelSpec) -> None:
         model_name = spec.name
@@ -249,32 +261,6 @@ class _Report:
 
     def _describe(self) -> None:
         self._bar.set_description(f"{self._ended}/{self._jobs} slides", refresh=False)
-
-
-@contextmanager
-def lock_output(out: Path) -> Iterator[None]:
-    """One run an output. The kernel lets go of the lock when its holder dies, however it dies."""
-    folder = out / ".work"
-    make_folders(folder)
-    path = folder / "lock"
-    with output_faults(path):
-        file = path.open("a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(
-                f"another run writes to {out} ({file.read().strip()}); wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise EnvironmentFault(
-                f"{out} cannot be locked ({error.strerror}); use a file system that supports flock"
-            ) from error
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-        file.flush()
-        yield
 
 
 @contextmanager

@@ -63,6 +63,18 @@ class BatchSize(click.ParamType[int | None]):
         return int(value)
 
 
+class Shard(click.ParamType[tuple[int, int]]):
+    """One of so many shares: 2/5."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(f"{value!r} is no share; write 1/4 for the first of four, up to 4/4", param, context)
+        return int(match[1]), int(match[2])
+
+
 def reader_options() -> list[Callable[[Command], Command]]:
     """Options that decide which pixels a slide has."""
     return [
@@ -196,6 +208,18 @@ def job_options(command: Command) -> Command:
     show_default=True,
     help="Most GiB of slides there at once; a larger slide is read in place.",
 )
+@click.option(
+    "--shard", metavar="I/N", type=Shard(), help="Only the I-th of N shares of the slides, by their ids; I from 1 to N."
+)
+@click.option(
+    "--lease",
+    "lease_s",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=60,
+    show_default=True,
+    help="Take over a slide from another process on this DIR when that showed no sign of life for so long.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @one_line_errors
 def run(
@@ -216,9 +240,14 @@ def run(
     strict: bool,
     stage: Path | None,
     stage_size: float,
+    shard: tuple[int, int] | None,
+    lease_s: float,
     **options: Any,
 ) -> None:
-    """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv)."""
+    """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv).
+
+    Any number of processes, on any hosts, may work on one --out at the same time: each slide is done once.
+    """
     if scheduler == "processes":
         from pathology.process import prestart
 
@@ -235,6 +264,7 @@ def run(
         max_failures=max_failures,
         allow_failures=allow_failures,
         log_format=log_format,
+        lease_s=lease_s,
     )
     settings = _settings(
         **options,
@@ -246,7 +276,12 @@ def run(
         stage=stage,
         stage_bytes=int(stage_size * 2**30),
     )
-    sys.exit(run_batch(_slides(slides, limit, settings), models, settings, conduct))
+    entries = _slides(slides, limit, settings)
+    if shard is not None:
+        from pipelines.slides import share
+
+        entries = share(entries, *shard)
+    sys.exit(run_batch(entries, models, settings, conduct))
 
 
 @main.command(epilog=EXIT_CODES)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,14 @@ from pathology.finish import BAD_TILES, MANIFEST, RESULT, read_manifest, read_re
 from pathology.geometry import Box
 from pathology.integrity import ZARR_JSON, Difference, verify_result
 from pathology.job import Job, key_difference
+from pathology.lease import BEAT_S, LEASE_S, Leases
 from pathology.plan import Plan
 from pathology.runner import Progress, run
 from pathology.seal import is_sealed, mended
 from pathology.work import Work
-from pipelines.batch import lock_output
 
-# Below `.work`; hidden, so that no slide's id is the same.
-SCRATCH = ".repair"
+# Below `.work`, with the token of who repairs; hidden, so that no slide's id is the same.
+SCRATCH = ".repair-"
 COPY_BYTES = 8 * 2**20
 
 
@@ -46,12 +48,12 @@ def repair(folder: Path, scheduler: str = "processes") -> Iterator[Path]:
     out = folder.parents[2]
     if folder.parent.parent.name != "slides":
         raise UsageError(f"{folder} does not lie in an output folder; give the --out folder of a run")
-    with lock_output(out):
+    with _owned(out / ".work" / folder.parent.name) as token:
         record = yield from _records(folder)
         wrong = _wrong(folder)
         if not wrong:
             return
-        scratch = out / ".work" / SCRATCH
+        scratch = out / ".work" / f"{SCRATCH}{token}"
         job = Job.again(record["job"], record["columns"], str(scratch))
         if (job.slide_id, record["model"]) != (folder.parent.name, folder.name):
             raise UsageError(f"{folder} was moved: its record is of {job.slide_id}/{record['model']}; run the same again")
@@ -65,6 +67,18 @@ def repair(folder: Path, scheduler: str = "processes") -> Iterator[Path]:
                 shutil.rmtree(scratch, ignore_errors=True)
         if left := _wrong(folder):
             raise EnvironmentFault(f"{left[0].path} is {left[0].what} again after its repair; look after the disk")
+
+
+@contextmanager
+def _owned(place: Path) -> Iterator[str]:
+    """Hold a slide, so that no run works on it; gives the token. Waits for as long as a dead owner may seem alive."""
+    with closing(Leases()) as leases:
+        end = time.monotonic() + LEASE_S + 2 * BEAT_S
+        while (owner := leases.claim(place)) is not None:
+            if time.monotonic() > end:
+                raise UsageError(f"{owner} works on slide {place.name}; repair it when that has ended")
+            time.sleep(0.5)
+        yield leases.token(place)
 
 
 def _wrong(folder: Path) -> list[Difference]:

@@ -79,6 +79,12 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
     return entries
 
 
+def share(entries: Sequence[SlideEntry], number: int, of: int) -> list[SlideEntry]:
+    """The share of that number, 1..`of`, of the slides, in the order they come in: the same for any order, by sorted ids."""
+    ids = set(sorted(entry.slide_id for entry in entries)[number - 1 :: of])
+    return [entry for entry in entries if entry.slide_id in ids]
+
+
 def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[SlideEntry]:
     skipped = None if out is None else out.resolve()
     for at, folders, files in os.walk(folder):

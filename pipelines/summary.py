@@ -1,26 +1,27 @@
 """`summary.csv` and the records of failed slides. Promise: the table is made anew from the records of all slides, so a resumed
-run keeps every row."""
+run, and one of many that end at the same time, keeps every row."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pathology.durable import make_folders, write_file
+from pathology.durable import make_folders, sweep_temporaries, write_file
 from pathology.errors import Reason
 from pathology.finish import RESULT, read_record
-from pathology.job import Job, key_of
+from pathology.job import FREE, Job, key_of
 from pathology.records import check_fields, read_object
 from pathology.runner import Outcome
 
 SCHEMA = 1
 # Of a job: what changes no answer.
-NOT_ASKED = ("stage", "stage_bytes", "threads", "readers", "hash_input")
+NOT_ASKED = ("stage", "stage_bytes", "threads", "readers", "hash_input", "owner")
 FAILED = "failed.json"
 FIRST_COLUMNS = ("slide", "id", "model", "status", "reason", "message", "tiles", "bad_tiles", "tissue_mm2")
 
@@ -40,14 +41,16 @@ def write_failure(outcome: Outcome, model_name: str) -> None:
         "columns": dict(job.columns),
     }
     folder = job.work_folder(model_name)
-    make_folders(folder)
-    write_file(folder / FAILED, json.dumps(record).encode())
+    with suppress(FileNotFoundError):  # the slide was taken over meanwhile: it is another's to tell how it ended
+        make_folders(folder, within=None if job.owner == FREE else folder.parent)
+        write_file(folder / FAILED, json.dumps(record).encode())
 
 
 def read_failure(job: Job, model_name: str) -> Outcome | None:
-    """The failure of an earlier run of this very job on this very file; None if anything about it has changed."""
+    """The failure of any run of this very job on this very file; None if anything about it has changed."""
+    path = _failure(job, model_name)
     try:
-        record = read_object(job.work_folder(model_name) / FAILED)
+        record = {} if path is None else read_object(path)
         if record["schema"] != SCHEMA or record["asked"] != _asked(job):
             return None
         return Outcome(job, "failed", reason=Reason(record["reason"]), message=record["message"], before=True)
@@ -55,12 +58,39 @@ def read_failure(job: Job, model_name: str) -> Outcome | None:
         return None
 
 
+def known_failures(jobs: Sequence[Job], model_names: Mapping[str, str], retry: bool) -> Callable[[Job], Outcome | None]:
+    """What gives the failure of a job that stands: any, or with `retry` one that another process has met since now.
+
+    model_names  by the reference that jobs have
+    """
+    before = {(job.slide_id, job.model): _stamp(job, model_names[job.model]) for job in jobs if retry}
+
+    def known(job: Job) -> Outcome | None:
+        name = model_names[job.model]
+        return None if retry and _stamp(job, name) == before[job.slide_id, job.model] else read_failure(job, name)
+
+    return known
+
+
 def clear_failure(job: Job, model_name: str) -> None:
     (job.work_folder(model_name) / FAILED).unlink(missing_ok=True)
 
 
 def write_summary(out: Path) -> Path:
-    """Write `<out>/summary.csv`: a row a slide and model, finished or failed, by id and model."""
+    """Write `<out>/summary.csv`: a row a slide and model, finished or failed, by id and model.
+
+    Others may write it at the same time: the last one to do so has seen all that had ended before.
+    """
+    path = out / "summary.csv"
+    sweep_temporaries(out)
+    written = None
+    while written != (table := _table(out)):
+        write_file(path, table)
+        written = path.read_bytes()
+    return path
+
+
+def _table(out: Path) -> bytes:
     records = sorted(_records(out), key=lambda r: (r["slide_id"], r["model"]))
     classes = list(dict.fromkeys(name for r in records for name in r.get("classes", {})))
     own = list(dict.fromkeys(name for r in records for name in r["columns"]))
@@ -79,9 +109,7 @@ def write_summary(out: Path) -> Path:
             values += [found.get(of_class) for of_class in what]
         values += [record.get("seconds"), *(record["columns"].get(name, "") for name in own)]
         writer.writerow(["" if v is None else v for v in values])
-    path = out / "summary.csv"
-    write_file(path, text.getvalue().encode("utf-8", "backslashreplace"))
-    return path
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _records(out: Path) -> Iterator[dict[str, Any]]:
@@ -91,7 +119,7 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
         if record is not None:
             done.add((record["slide_id"], record["model"]))
             yield record
-    for path in sorted((out / ".work").glob(f"*/*/{FAILED}")):
+    for path in sorted((out / ".work").glob(f"*/*/*/{FAILED}")):
         try:
             record = read_object(path)
             check_fields(record, {"slide_id": str, "model": str, "columns": dict})
@@ -101,10 +129,26 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def _failure(job: Job, model_name: str) -> Path | None:
+    """Where a failure of the job is kept, whoever owns its slide now."""
+    return next(iter(job.work_place.glob(f"*/{model_name}/{FAILED}")), None)
+
+
+def _stamp(job: Job, model_name: str) -> tuple[int, int] | None:
+    """What tells a record of a failure from a later one."""
+    path = _failure(job, model_name)
+    with suppress(FileNotFoundError):
+        if path is not None:
+            state = path.stat()
+            return state.st_ino, state.st_mtime_ns
+    return None
+
+
 def _asked(job: Job) -> str:
     """A hash of all that was asked and of the file as it lay there: a failure stands only as long as neither changes.
 
-    Where the slide is copied to for reading is not asked of the result, and threads and readers are measured anew by every run.
+    Where the slide is copied to for reading, and which process works on it, is not asked of the result; threads and readers are
+    measured anew by every run.
     """
     asked = {name: value for name, value in asdict(job).items() if name not in NOT_ASKED}
     try:

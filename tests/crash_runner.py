@@ -84,7 +84,7 @@ def main() -> None:
         status = child(job, n)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             killed += 1
-        whole = list(job.slide_folder.glob("*/result.json")) or list(Path(job.out).glob(".work/s/*/replaced/result.json"))
+        whole = list(job.slide_folder.glob("*/result.json")) or list(Path(job.out).glob(".work/s/*/*/replaced/result.json"))
         if overwrite and not whole:
             faults.append([n, "neither the old result nor the new one is there"])
         resumed = child(job, 0)

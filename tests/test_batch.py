@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,14 @@ import pytest
 from click.testing import CliRunner, Result
 from slides import cut, pyramid, smooth_pixels, write_tiff
 
-from pathology import open_heatmap
+from pathology import Job, open_heatmap
+from pathology.errors import Reason
 from pathology.events import read_events
+from pathology.runner import Outcome
+from pipelines import summary
 from pipelines.cli import main
+from pipelines.slides import SlideEntry, find_slides, share
+from pipelines.summary import known_failures, read_failure, write_failure, write_summary
 
 MODEL = "pathology.testing:mean_colour?tile_px=64&mpp=0.5"
 
@@ -312,15 +317,98 @@ def test_an_output_that_cannot_be_written_is_exit_3(slide: Path, tmp_path: Path)
     assert len(done.output.splitlines()) == 1
 
 
-def test_a_second_run_on_one_output_is_refused(slide: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / ".work").mkdir(parents=True)
-    with (out / ".work" / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        done = run(slide, "--out", out)
+def test_shares_of_the_slides_are_all_of_them_and_none_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for n in range(5):
+        write_tiff(folder / f"s{n}.svs", [smooth_pixels(64, 64, seed=n)])
+    shares = []
+    for n in (1, 2):
+        done = run(folder, "--out", tmp_path / f"out{n}", "--shard", f"{n}/2")
+        assert done.exit_code == 0, done.output
+        shares.append(set(rows(tmp_path / f"out{n}")))
+    assert [len(share) for share in shares] == [3, 2]
+    assert len(shares[0] | shares[1]) == 5
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "-1/2", "1/0"])
+def test_a_share_that_there_is_not_is_refused(shard: str, slide: Path, tmp_path: Path) -> None:
+    done = run(slide, "--out", tmp_path / "out", "--shard", shard)
     assert done.exit_code == 2
-    assert "another run" in done.output
-    assert run(slide, "--out", out).exit_code == 0
+    assert f"{shard!r} is no share; write 1/4 for the first of four, up to 4/4" in " ".join(done.output.split())
+
+
+def test_shares_follow_ids_and_keep_the_order_in_which_slides_come() -> None:
+    entries = [SlideEntry(Path(name), name, Path()) for name in ("d", "a", "c", "b", "e")]
+    shares = [[entry.slide_id for entry in share(entries, n, 3)] for n in (1, 2, 3)]
+    assert shares == [["d", "a"], ["b", "e"], ["c"]]
+    assert share(entries, 4, 9)[0].slide_id == "d"
+    assert share(entries, 9, 9) == []
+
+
+def test_a_share_without_slides_ends_well(slide: Path, tmp_path: Path) -> None:
+    done = run(slide, "--out", tmp_path / "out", "--shard", "2/2")
+    assert done.exit_code == 0, done.output
+    assert "0 of 0 done" in done.output
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_line_tells_whom_a_run_waits_for(form: str, slide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (entry,) = find_slides([slide])
+    folder = out / ".work" / entry.slide_id / "000000000000-123-456-0"
+    folder.mkdir(parents=True)
+    (folder / "owner.json").write_text(json.dumps({"token": folder.name, "host": "node7", "pid": 123}))
+    done = run(slide, "--out", out, "--lease", "1", "--log-format", form)
+    assert done.exit_code == 0, done.output
+    if form == "text":
+        assert f"waits for process 123 on node7: slide {entry.slide_id}" in done.output.splitlines()
+    else:
+        (said,) = [line for line in map(json.loads, done.output.splitlines()) if line["event"] == "waiting"]
+        assert said == {"event": "waiting", "slide": str(slide), "id": entry.slide_id, "for": "process 123 on node7"}
+
+
+def failure(job: Job) -> Outcome:
+    return Outcome(job, "failed", reason=Reason.TRUNCATED, message="cut")
+
+
+def test_a_failure_is_found_whoever_owns_the_slide(slide: Path, tmp_path: Path) -> None:
+    job = Job(slide=str(slide), slide_id="s", root=str(slide), model=MODEL, out=str(tmp_path))
+    theirs = replace(job, owner="another")
+    (job.work_place / "another").mkdir(parents=True)
+    write_failure(failure(theirs), "mean-colour")
+    assert read_failure(job, "mean-colour") == replace(failure(job), before=True)
+    assert read_failure(replace(job, min_tissue=0.5), "mean-colour") is None
+    assert len(write_summary(tmp_path).read_text().splitlines()) == 2
+    write_failure(failure(replace(job, slide_id="lost", owner="gone")), "mean-colour")
+    assert not (tmp_path / ".work" / "lost").exists()
+
+
+def test_with_retry_only_a_failure_that_another_meets_meanwhile_stands(slide: Path, tmp_path: Path) -> None:
+    job = Job(slide=str(slide), slide_id="s", root=str(slide), model=MODEL, out=str(tmp_path))
+    names = {MODEL: "mean-colour"}
+    write_failure(failure(job), "mean-colour")
+    assert known_failures([job], names, retry=False)(job) is not None
+    known = known_failures([job], names, retry=True)
+    assert known(job) is None
+    write_failure(failure(job), "mean-colour")
+    assert known(job) == replace(failure(job), before=True)
+
+
+def test_a_row_that_comes_while_the_summary_is_written_is_not_lost(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job(slide=str(slide), slide_id=name, root=str(slide), model=MODEL, out=str(tmp_path)) for name in "abc"]
+    write_failure(failure(jobs.pop()), "mean-colour")
+    write = summary.write_file
+
+    def another_ends(path: Path, data: bytes) -> None:
+        write(path, data)
+        if path.name == "summary.csv" and jobs:
+            write_failure(failure(jobs.pop()), "mean-colour")
+
+    monkeypatch.setattr(summary, "write_file", another_ends)
+    assert [line.split(",")[1] for line in write_summary(tmp_path).read_text().splitlines()] == ["id", "a", "b", "c"]
 
 
 @pytest.mark.fault("S32")

@@ -286,11 +286,11 @@ def test_a_flat_top_is_one_object_in_its_middle() -> None:
     """Between four pixels, or where an activation comes to its end at 1."""
     scores = torch.zeros(2, 16, 16)
     scores[0, 3:5, 5:7] = 0.75  # the middle lies between them
-    scores[1, 10, 10:13] = 0.75
+    scores[1, 10, 10:13] = 0.75  # of three, the middle of the two that touch the first
     assert sorted(rows_of(network(scores, "peaks"))) == [
         [16, 24, 0, 0.75],
         [42, 44, 1, 0.75],
-    ]  # of what touches the first pixel
+    ]
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])

@@ -38,7 +38,7 @@ LABEL = noise_pixels(40, 60)
 UID = "1.2.826.0.1.777"
 
 # The only files of an output that may name a slide: what a person looks it up in.
-NAMING = re.compile(r"summary\.csv|events/[^/]*\.jsonl|slides/[^/]*/[^/]*/result\.json|\.work/[^/]*/[^/]*/failed\.json")
+NAMING = re.compile(r"summary\.csv|events/[^/]*\.jsonl|slides/[^/]*/[^/]*/result\.json|\.work/[^/]*/[^/]*/[^/]*/failed\.json")
 EXPORTS = ("csv", "qupath", "png", "ngff-0.4")
 MODELS = {
     "classes": "pathology.testing:mean_colour?tile_px=64&mpp=0.5",

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pathology
 from pathology import integrity, worker
 from pathology.errors import UsageError
 from pathology.integrity import Damage, find_results, verify
+from pathology.lease import Leases
 from pathology.model import Model, ModelSpec
 from pathology.runner import run
 from pathology.seal import MEND_BYTES, is_sealed, mended, sealed, to_json
@@ -217,7 +219,23 @@ def test_much_damage_at_once_is_repaired(result: Path) -> None:
     assert len(list(repair(result, "sync"))) == 4
     assert contents(result) == sound | {"identity/notes.txt": b"mine"}
     assert list(repair(result, "sync")) == []
-    assert not (result.parents[2] / ".work" / ".repair").exists()
+    assert not list((result.parents[2] / ".work").iterdir())
+
+
+def test_a_slide_that_a_run_works_on_is_not_repaired_meanwhile(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (result / "overlay.png").unlink()
+    place = result.parents[2] / ".work" / "s"
+    with closing(Leases()) as other:
+        assert other.claim(place) is None
+        with monkeypatch.context() as patch:
+            patch.setattr("pipelines.repair.LEASE_S", 0.0)
+            patch.setattr("pipelines.repair.BEAT_S", 0.0)
+            with pytest.raises(
+                UsageError, match=f"process {os.getpid()} on .* works on slide s; repair it when that has ended"
+            ):
+                list(repair(result, "sync"))
+        assert not (result / "overlay.png").exists()
+    assert list(repair(result, "sync")) == [result / "overlay.png"]
 
 
 def lose_the_record(result: Path, patch: pytest.MonkeyPatch) -> None:
@@ -259,7 +277,7 @@ def test_what_cannot_come_out_the_same_is_refused_in_one_line_and_left(
         list(repair(result, "sync"))
     assert "\n" not in str(raised.value)
     assert contents(result) == before
-    assert not (result.parents[2] / ".work" / ".repair").exists()
+    assert not list((result.parents[2] / ".work").iterdir())
 
 
 def test_a_result_under_another_name_is_refused(result: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pathology import Job, slide_worker, worker
 from pathology.finish import read_record
+from pathology.lease import Leases
 from pathology.process import Kind
 from pathology.runner import _Window, run
 from pathology.schedule import Done, InOrder
@@ -202,7 +204,9 @@ def test_a_slide_that_kills_the_measuring_worker_is_no_fault_of_the_model(refere
             super().submit(token, function, *arguments, kind=kind)
 
     job = replace(reference_job, out=str(tmp_path), threads=1, readers=0)
-    (outcome,) = _Window([job], Mortal(), lambda _: None, threading.Event(), 1, None).outcomes()
+    with closing(Leases()) as leases:
+        window = _Window([job], Mortal(), lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
+        (outcome,) = window.outcomes()
     assert outcome.status == "ok"
     assert outcome.job.readers >= 1
     assert Mortal.asked == [(1,), (1, False)]

@@ -203,7 +203,7 @@ def test_results_are_those_of_separate_runs(
     planned = {p.job.model: p.tiles for p in seen if p.event == "planned"}
     done = {model: sum(p.tiles for p in seen if p.event == "region" and p.job.model == model) for model in planned}
     assert planned == done
-    assert not list((both / ".work").glob("*/*/plan.json"))
+    assert not list((both / ".work").glob("*/*/*/plan.json"))
 
 
 def decodes() -> int:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.geometry import Box
+from pathology.job import FREE
 from pathology.plan import Plan, Region
 from pathology.stitch import BAND_PX, bands
 from pathology.testing import array_slide, identity
@@ -54,10 +55,15 @@ def whole(work: Work, region: Region) -> np.ndarray:
     return array
 
 
+def begin_folder(tmp_path: Path) -> Work:
+    (tmp_path / "slide" / FREE).mkdir(parents=True)
+    return Work(tmp_path / "slide" / FREE / "model", FIELDS)
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Work:
     """All regions staged."""
-    work = Work(tmp_path / "slide" / "model", FIELDS)
+    work = begin_folder(tmp_path)
     begun = work.begin(plan(), overwrite=False)
     for region in begun.regions:
         put(work, region)
@@ -87,7 +93,7 @@ def test_what_is_put_is_done_and_loads(work: Work) -> None:
 
 
 def test_nothing_is_done_at_first(tmp_path: Path) -> None:
-    work = Work(tmp_path / "slide" / "model", FIELDS)
+    work = begin_folder(tmp_path)
     begun = work.begin(plan(), overwrite=False)
     assert work.todo(begun) == [r.index for r in begun.regions]
     with pytest.raises(UsageError, match="region 0 of slide slide is not done; run the same command again"):
