@@ -20,12 +20,13 @@ from PIL import Image
 
 import pathology
 from pathology.areas import file_sha256, fill, read_tissue, within
-from pathology.errors import Reason, SlideError
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.geometry import Box
 from pathology.model import ModelSpec
 from pathology.slide import SlideInfo
 from pathology.tissue import TissueMask
 from pipelines.cli import main
+from pipelines.config import Settings, tissue_settings
 from tests.slides import noise_pixels, write_tiff
 
 HEIGHT, WIDTH, MPP, TILE = 400, 600, 2.0, 40
@@ -389,3 +390,12 @@ def test_a_model_that_finds_no_tissue_is_refused_before_it_runs(slide: Path, tmp
     assert "model nuclei-density finds no tissue: it answers classes of nuclei; use one" in done.output
     done = CliRunner().invoke(main, [*arguments, "--tissue", "modell"])
     assert "tissue modell is neither otsu nor none nor a file or a result's folder; give a mask picture" in done.output
+
+
+def test_a_tissue_model_keeps_its_answers_on_one_raster() -> None:
+    """Its margins ask for an overlap that its pixels do not divide: the next larger is taken."""
+    spec = ModelSpec("t", "0" * 64, ("tissue",), 2.0, 100, 64, output_px=64, margin_px=1)
+    settings = tissue_settings(Settings(out=Path("out"), tissue="model:t"), spec)
+    assert (settings.overlap, settings.tissue, settings.out) == (25, "none", Path("out/tissue"))
+    with pytest.raises(UsageError, match="which leave no stride; it cannot find tissue"):
+        tissue_settings(settings, replace(spec, tile_px=64, margin_px=31, output_px=63))

@@ -456,3 +456,25 @@ def test_a_signal_drains_and_the_same_command_goes_on(asked_by: str, tmp_path: P
     assert manifests(out) == manifests(tmp_path / "whole")
     done = [(e["region"]) for e in read_events(out) if e["event"] == "region-done"]
     assert len(done) == len(set(done))
+
+
+def test_exports_are_of_what_can_be_and_refused_before_anything_runs_where_nothing_can(slide: Path, tmp_path: Path) -> None:
+    dense, tiles = "pathology.testing:identity?tile_px=64", ("--model", "pathology.testing:mean_colour?tile_px=64")
+    done = run(slide, "--export", "qupath", "--out", tmp_path / "none", model=dense)
+    assert done.exit_code == 2
+    assert "identity?tile_px=64 (map) cannot be written as qupath; leave out --export qupath" in done.output
+    assert not (tmp_path / "none" / "slides").exists()
+    done = run(slide, *tiles, "--export", "qupath", "--out", tmp_path / "out", model=dense)
+    assert done.exit_code == 0, done.output
+    assert {path.parent.name for path in (tmp_path / "out").rglob("tiles.geojson")} == {"mean-colour"}
+    exported = pathology("export", tmp_path / "out", "--to", "csv")
+    assert exported.exit_code == 0, exported.output
+    assert "holds a dense map, which cannot be written as csv; use png, ngff-0.4" in exported.output
+    assert exported.output.count("tiles.csv") == 1
+
+
+@pytest.mark.parametrize("overlap", ["nan", "inf"])
+def test_an_overlap_that_is_no_number_is_one_line(overlap: str, slide: Path, tmp_path: Path) -> None:
+    done = run(slide, "--overlap", overlap, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert f"overlap {overlap} is no number" in done.output

@@ -382,6 +382,13 @@ def test_a_card_says_what_its_network_may_be_computed_in(tmp_path: Path, format:
     )
 
 
+def test_a_card_nested_without_end_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m")
+    (folder / CARD).write_text("x = " + "[" * 100_000)
+    with pytest.raises(ModelError, match=r"model\.toml in .* is no TOML"):
+        load_spec(str(folder))
+
+
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m")
     text = (folder / CARD).read_text()

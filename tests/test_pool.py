@@ -35,8 +35,9 @@ def test_pixels_are_the_largest_that_divide_a_tile_and_are_no_coarser(mpp: float
 def test_other_models_stay_as_they_are_and_finer_pixels_are_refused() -> None:
     tile = replace(SPEC, output_px=1, margin_px=0)
     assert pooled_spec(tile, 8) is tile
-    with pytest.raises(UsageError, match=r"heatmap mpp 0\.25 is none that model pixels can answer; use 0\.5 or more"):
-        pooled_spec(SPEC, 0.25)
+    for mpp in (0.25, 0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=rf"heatmap mpp {mpp:g} is none that model pixels can answer; use 0\.5 or more"):
+            pooled_spec(SPEC, mpp)
 
 
 def blocks(values: NDArray[np.float32], side: int) -> NDArray[np.float64]:
