@@ -80,6 +80,13 @@ def _shrink(values: NDArray[np.generic], factor: int) -> NDArray[np.float64]:
     return means
 
 
+def _block_means(tiles: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
+    """(B, S, S, 3) -> (B, side, side, 3): the mean colours of side x side blocks of each tile."""
+    block = tiles.shape[1] // side
+    means: NDArray[np.float64] = tiles.reshape(len(tiles), side, block, side, block, 3).mean(axis=(2, 4), dtype=np.float64)
+    return means
+
+
 @dataclass(frozen=True, slots=True)
 class _Mean:
     """Answers the mean colour over blocks of a tile, in grey levels 0..255."""
@@ -87,9 +94,7 @@ class _Mean:
     spec: ModelSpec
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        out, block = self.spec.output_px, self.spec.input_px // self.spec.output_px
-        blocks = tiles.reshape(len(tiles), out, block, out, block, 3).mean(axis=(2, 4), dtype=np.float64)
-        return np.ascontiguousarray(blocks.transpose(0, 3, 1, 2), dtype=np.float32)
+        return np.ascontiguousarray(_block_means(tiles, self.spec.output_px).transpose(0, 3, 1, 2), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +149,7 @@ class _Thumbnail:
     spec: ModelSpec
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        block = self.spec.input_px // 4
-        means = tiles.reshape(len(tiles), 4, block, 4, block, 3).mean(axis=(2, 4), dtype=np.float64)
-        return np.ascontiguousarray(means.reshape(len(tiles), -1, 1, 1), dtype=np.float32)
+        return np.ascontiguousarray(_block_means(tiles, 4).reshape(len(tiles), -1, 1, 1), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,13 @@ def home(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return empty_home
 
 
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of models of this test's own."""
+    monkeypatch.setenv("PATHOLOGY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
 @pytest.fixture(scope="session")
 def small_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 x 170 px of noise at 0.5 mpp: 12 x 10 tiles of 32 px at half overlap, 12 regions of 4 x 4 strides."""

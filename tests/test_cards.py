@@ -45,11 +45,7 @@ SAID = ["--arch", "tests.networks:Small", "--classes", "a,b", "--mpp", "0.5", "-
 FILES = {"safetensors": "weights.safetensors", "onnx": "model.onnx", "torchscript": "model.pt", "pt2": "model.pt2"}
 
 
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A registry for each test."""
-    monkeypatch.setenv("PATHOLOGY_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def onnx_bytes(network: Small, batch: int | str = "batch") -> bytes:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from real_slides import cmu_small_region, lite0_wheel, lite_code_wheel
 
@@ -26,21 +25,11 @@ from pathology.models.fold import folded
 from pathology.models.trust import entries
 from pathology.tissue import find_tissue
 from pipelines import fetch as fetching
-from pipelines.cli import main
 from pipelines.fetch import fetch
+from tests.commands import invoke
 
 SAMPLE = Path(__file__).parent.parent / "sample_data/sample.svs"
 TILE = 224
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-@pytest.fixture
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PATHOLOGY_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def features(slide: Path, out: Path, *options: object) -> pathology.features.Features:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from pipelines.cli import main, run
+from pipelines.cli import run
 from pipelines.recipes import known_recipes, read_recipe
+from tests.commands import invoke
 from tests.slides import noise_pixels, write_tiff
 
 MODEL = "pathology.testing:mean_colour?tile_px=40&mpp=2"
@@ -23,10 +23,6 @@ def slide(tmp_path: Path) -> Path:
 def recipe(folder: Path, *lines: str) -> Path:
     (folder / "r.toml").write_text("\n".join(["schema = 1", *lines]) + "\n")
     return folder / "r.toml"
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def result_of(out: Path) -> dict[str, object]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 import pathology
@@ -25,21 +24,11 @@ from pathology.slide import Slide
 from pathology.stain import Stains, fit_stains, parameters
 from pathology.store import STORE_NAME
 from pathology.tissue import find_tissue
-from pipelines.cli import main
 from pipelines.fetch import fetch, published
+from tests.commands import invoke
 from tests.real_slides import cmu_small_region, prostate_field, shell_wheel
 
 TILE, STRIDE = 512, 256
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-@pytest.fixture
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PATHOLOGY_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 @pytest.fixture(scope="module")
