@@ -13,6 +13,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Tests run in as many processes as there are cores, but no more than memory is sure to be there for.
+SIDE_BY_SIDE := -n auto --maxprocesses 4
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -36,13 +38,13 @@ demo: $(READY)
 	@echo "Beside it lie heatmap.ome.zarr, tiles.parquet and result.json; what was planted is in sample_data/sample.geojson."
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
