@@ -1,7 +1,7 @@
 """What becomes of a task whose worker died: it runs again, it was the slide's doing, or it was the machine's.
 
-Promise: a slide fails only for what it did twice, the second time alone; whatever may come from outside fails none, and is borne
-so often and no more.
+Promise: a slide fails only for what it did twice, the second time alone; what comes from outside fails none, and is borne so
+often and no more.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Deaths:
     def __init__(self, apart: bool) -> None:
         self._apart = apart
         self._kills = 0
-        self._hung: list[str] = []
+        self._hung: dict[str, Death | None] = {}  # what each slide hung in
 
     def counts(self, death: Death, alone: bool) -> bool:
         """Whether a death may be the doing of the task that died; whether it ran `alone`.
@@ -83,13 +83,17 @@ class Deaths:
 
     def hung(self, slide_id: str, done: Done) -> None:
         """Another slide hangs. Raises EnvironmentFault where too many did in a row."""
-        self._hung.append(slide_id)
-        slides = list(dict.fromkeys(self._hung))
-        if len(slides) >= HANGS_BORNE:
+        self._hung[slide_id] = death_of(done)
+        if len(self._hung) >= HANGS_BORNE:
             raise EnvironmentFault(
-                f"{len(slides)} slides in a row hung ({how(done)}); see that what they lie on answers, "
-                f"then run the same again, or leave them out: {', '.join(slides)}"
+                f"{len(self._hung)} slides in a row hung ({how(done)}); see that what they lie on answers, "
+                f"then run the same again, or leave them out: {', '.join(self._hung)}"
             )
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether all that hang do so in reads, so that another slide which opens shows it to be their own doing."""
+        return set(self._hung.values()) == {Death.READ}
 
     def came_on(self) -> None:
         """A region is done: those that hang do so by themselves."""

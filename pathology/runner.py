@@ -448,6 +448,8 @@ class _Window:
         return outcome
 
     def _begun(self, place: int, state: _State, prepared: slide_worker.Prepared) -> None:
+        if self._deaths.reads_only:
+            self._tell_hung()
         state.todo = set(prepared.todo)
         state.tiles = dict(zip(prepared.todo, prepared.tiles, strict=True))
         self._progress(Progress("planned", state.job, sum(prepared.tiles)))

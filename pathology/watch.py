@@ -69,8 +69,10 @@ class Pulses:
         self._last = now
         if self._longest("read") > limits.read_s:
             return WorkerDied(f"a read of the slide did not come back within {limits.read_s:g} s", Death.READ)
-        if (stood := self._longest("write")) > limits.region_s:
-            return WorkerDied(f"the output took nothing for {stood:.0f} s", Death.WRITE)
+        # Where all wait for the output, both have stood for about as long.
+        writing, longest = self._longest("write"), limits.region_s
+        if writing > longest or (self._still > longest and writing > longest / 2):
+            return WorkerDied(f"the output took nothing for {longest:g} s", Death.WRITE)
         if self._still > limits.region_s:
             return WorkerDied(f"nothing came on for {limits.region_s:g} s", Death.STILL)
         return None
