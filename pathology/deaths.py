@@ -61,7 +61,7 @@ class Deaths:
 
         Raises EnvironmentFault where the output hangs, a process cannot be replaced, or too many were killed.
         """
-        if death is Death.WRITE:
+        if death is Death.WRITE and alone:
             raise EnvironmentFault("the output does not answer; see that its disk or share does, then run the same again")
         if death is Death.DEVICE and not self._apart:
             raise EnvironmentFault(

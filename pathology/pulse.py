@@ -9,19 +9,23 @@ from __future__ import annotations
 import itertools
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-# A process has a page of 64-bit words. The first changes with every step that anything in it comes on by. Each of the others
-# belongs to a call that is under way: 0 for none, else a number that changes with every step of that call.
+# A process has a page of 64-bit words. The first changes with every step that anything in it comes on by, the last as long as
+# its threads run at all. Each of the others belongs to a call that is under way: 0 for none, else a number that changes with
+# every step of that call.
 PAGE_BYTES = 4096
 WORDS = PAGE_BYTES // 8
+TICKS = WORDS - 1
+TICK_S = 0.5
 
 # What is under way: a read of a slide, or a write to the output.
 Kind = Literal["read", "write"]
-SLOTS: dict[Kind, range] = {"read": range(1, 3 * WORDS // 4), "write": range(3 * WORDS // 4, WORDS)}
+SLOTS: dict[Kind, range] = {"read": range(1, 3 * WORDS // 4), "write": range(3 * WORDS // 4, TICKS)}
 
 
 class _Page:
@@ -48,6 +52,13 @@ def show_in(descriptor: int, number: int) -> None:
     """From now on show what this process is at, in the page of that number."""
     global _page
     _page = _Page(descriptor, number)
+    threading.Thread(target=_tick, args=(_page,), name="tick", daemon=True).start()
+
+
+def _tick(page: _Page) -> None:
+    while _page is page:
+        page.words[TICKS] = next(page.numbers)
+        time.sleep(TICK_S)
 
 
 def beat() -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pathology.calls import Death, WorkerDied, shared_file
 from pathology.cores import memory_bytes
-from pathology.pulse import PAGE_BYTES, SLOTS, WORDS, Kind
+from pathology.pulse import PAGE_BYTES, SLOTS, TICKS, WORDS, Kind
 
 # Of the machine's memory, or the cgroup's; who takes more will be killed by the system, or have something else be killed.
 MEMORY_SHARE = 0.9
@@ -69,17 +69,19 @@ class Pulses:
         self._last = now
         if self._longest("read") > limits.read_s:
             return WorkerDied(f"a read of the slide did not come back within {limits.read_s:g} s", Death.READ)
-        # Where all wait for the output, both have stood for about as long.
-        writing, longest = self._longest("write"), limits.region_s
+        # Where all wait for the output, both have stood for about as long. A write in a process that a native call holds as a
+        # whole says nothing.
+        longest = limits.region_s
+        writing = self._longest("write", self._stood[:, TICKS] < longest / 2)
         if writing > longest or (self._still > longest and writing > longest / 2):
             return WorkerDied(f"the output took nothing for {longest:g} s", Death.WRITE)
         if self._still > limits.region_s:
             return WorkerDied(f"nothing came on for {limits.region_s:g} s", Death.STILL)
         return None
 
-    def _longest(self, kind: Kind) -> float:
+    def _longest(self, kind: Kind, processes: NDArray[np.bool_] | slice = slice(None)) -> float:
         slots = SLOTS[kind]
-        return float(self._stood[:, slots.start : slots.stop].max())
+        return float(self._stood[processes, slots.start : slots.stop].max(initial=0.0))
 
 
 def overweight(pids: Iterable[int], limits: Limits) -> WorkerDied | None:

@@ -83,7 +83,7 @@ def test_a_second_death_fails_the_slide_for_its_reason(jobs: list[pathology.Job]
     assert found["s1"].message.startswith("so it ended, and again when it was tried alone; ")
 
 
-@pytest.mark.parametrize("death", [death for death in Death if death is not Death.WRITE])
+@pytest.mark.parametrize("death", list(Death))
 def test_a_first_death_costs_nothing(jobs: list[pathology.Job], death: Death) -> None:
     died: set[object] = set()
 
@@ -235,5 +235,6 @@ def test_an_output_that_hangs_fails_no_slide(jobs: list[pathology.Job]) -> None:
 def test_every_death_has_its_end() -> None:
     assert set(deaths.FATAL) == set(Death) - {Death.KILL, Death.WRITE}
     borne = Deaths(apart=True)
+    assert borne.counts(Death.WRITE, alone=False)
     assert not borne.counts(Death.KILL, alone=True)
     assert all(borne.counts(death, alone=True) for death in deaths.FATAL)

@@ -14,7 +14,7 @@ import pytest
 
 from pathology import pulse, watch
 from pathology.calls import Death, WorkerDied
-from pathology.pulse import SLOTS, beat, under_way
+from pathology.pulse import SLOTS, TICKS, beat, under_way
 from pathology.watch import Limits, Pulses, death_by, held_bytes, overweight
 
 LIMITS = Limits(read_s=10, region_s=100)
@@ -24,6 +24,7 @@ LIMITS = Limits(read_s=10, region_s=100)
 def pulses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pulses]:
     """Of two processes, of which this is the second."""
     monkeypatch.setattr(pulse, "_page", None)
+    monkeypatch.setattr(pulse, "_tick", lambda _: None)  # by hand
     pulses = Pulses(2)
     pulse.show_in(pulses.descriptor, 1)
     yield pulses
@@ -83,10 +84,24 @@ def test_steps_of_another_thread_are_not_this_reads(pulses: Pulses) -> None:
 
 
 def test_a_write_has_longer_and_is_told_apart(pulses: Pulses) -> None:
+    page = pulse._page
+    assert page is not None
     with under_way("write"):
-        assert death(pulses, 0, busy=False) is None
-        assert death(pulses, 99, busy=False) is None
+        for number in range(4):
+            page.words[TICKS] = number + 1
+            assert death(pulses, 33, busy=False) is None
+        page.words[TICKS] = 9
         assert death(pulses, 2, busy=False) is Death.WRITE
+
+
+def test_a_write_that_a_native_call_holds_with_all_its_process_is_not_the_outputs_fault(pulses: Pulses) -> None:
+    page = pulse._page
+    assert page is not None
+    with under_way("write"):
+        page.words[TICKS] = 1
+        assert death(pulses, 0) is None  # since when no thread of it has run
+        assert death(pulses, 99) is None
+        assert death(pulses, 2) is Death.STILL
 
 
 def test_where_nothing_comes_on_only_waiting_counts(pulses: Pulses) -> None:
