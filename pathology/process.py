@@ -55,7 +55,7 @@ _START = "import sys; sys.path[:] = sys.argv[6:]; from pathology.process import 
 # How often what they take is looked at.
 LOOK_S = 0.25
 # One that was killed ends at once, unless it is in the middle of a call to a file system that does not answer: then it is left.
-END_S = 5.0
+END_S = 2.0
 # When memory runs out the system ends the process with the highest number: one of these, not the command that started them.
 OOM_SCORE = "500"
 
@@ -158,9 +158,10 @@ class _Started:
         self._killed = True
         for process in self._processes.values():
             process.kill()
+        until = time.monotonic() + END_S
         for process, calls in zip(self._processes.values(), self._calls.values(), strict=True):
             with suppress(subprocess.TimeoutExpired):
-                process.wait(END_S)
+                process.wait(max(0.0, until - time.monotonic()))
             calls.cut()
 
     def too_much(self, passed: float, limits: Limits) -> WorkerDied | None:

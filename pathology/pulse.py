@@ -32,8 +32,8 @@ class _Page:
     """This process's page, which slots of it are free, and the next number."""
 
     def __init__(self, descriptor: int, number: int) -> None:
-        mapped = mmap.mmap(descriptor, PAGE_BYTES, offset=number * PAGE_BYTES)
-        self.words = memoryview(mapped).cast("Q")
+        mapped = memoryview(mmap.mmap(descriptor, 0))  # whole: not every system maps from any place on
+        self.words = mapped[number * PAGE_BYTES : (number + 1) * PAGE_BYTES].cast("Q")
         self.free = {kind: deque(slots) for kind, slots in SLOTS.items()}
         self.numbers = itertools.count(1)
 

@@ -6,6 +6,7 @@ region is never taken for one that hangs, nor is anything while the whole machin
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import signal
@@ -43,7 +44,12 @@ class Limits:
 
     @property
     def most_bytes(self) -> int:
-        return self.memory_bytes or int(MEMORY_SHARE * memory_bytes())
+        return self.memory_bytes or _nearly_all()
+
+
+@functools.cache
+def _nearly_all() -> int:
+    return int(MEMORY_SHARE * memory_bytes())
 
 
 class Pulses:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -186,12 +185,3 @@ def test_a_death_survives_pickling() -> None:
 
     died = pickle.loads(pickle.dumps(WorkerDied("so", Death.READ)))
     assert (str(died), died.death) == ("so", Death.READ)
-
-
-def test_steps_cost_little_beside_a_read(pulses: Pulses) -> None:
-    """A tile takes a millisecond; counted over many so that a busy machine does not matter much."""
-    began = time.process_time()
-    for _ in range(20_000):
-        with under_way("read"):
-            pass
-    assert (time.process_time() - began) / 20_000 < 50e-6
