@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -50,6 +52,15 @@ def loaded(*names: str) -> list[str]:
     return [name for name in names if name in sys.modules]
 
 
+def garbage_is_looked_for(module: str) -> tuple[bool, bool]:
+    """Whether it is once `module` is loaded, and whether what was loaded is left out."""
+    importlib.import_module(module)
+    until = time.monotonic() + 30
+    while not gc.isenabled() and time.monotonic() < until:
+        time.sleep(0.01)
+    return gc.isenabled(), gc.get_freeze_count() > 10_000
+
+
 def refuse() -> None:
     raise SlideError(Reason.TRUNCATED, "cut short")
 
@@ -85,6 +96,11 @@ def test_calls_run_side_by_side(pair: WorkerPair, call: Call) -> None:
 
 def test_the_process_for_slides_loads_no_torch(call: Call) -> None:
     assert call(loaded, "torch", "distributed", "zarr") == ["zarr"]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_garbage_is_looked_for_once_all_is_loaded(pair: WorkerPair, kind: Kind) -> None:
+    assert pair.call(kind, garbage_is_looked_for, MODULES[kind][0]) == (True, True)
 
 
 def test_errors_come_back_as_they_are_with_their_traceback(call: Call) -> None:
