@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology import slide_worker, worker
+from pathology.durable import DISK_ERRORS
 from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError, first_line
 from pathology.events import emit
 from pathology.job import Job
@@ -416,6 +417,9 @@ class _Window:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            what = "a disk or share" if error.filename is None else f"the disk or share of {error.filename}"
+            raise EnvironmentFault(f"{what} does not answer: {error.strerror}; see to it, then run the same again") from error
         if done.died:
             message = "the worker process died on this slide twice; the file or the model crashes a native library"
             return Outcome(state.job, "failed", reason=Reason.CRASHED, message=message)

@@ -25,8 +25,9 @@ from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
 from pathology.durable import make_folders, sweep_temporaries
 from pathology.encoding import choose_encoding
-from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
+from pathology.errors import PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
+from pathology.faults import retried, share_fault
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
 from pathology.job import FREE, Job, key_difference, key_of
@@ -178,7 +179,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
     emit(Path(job.out), "slide-finish", what)
     slide = open_slide_of(job)
     work, plan = open_work(job)
-    hashes = whole_hashes(slide.path) if job.hash_input else None
+    hashes = _hashes(job, slide.path) if job.hash_input else None
     record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
@@ -347,6 +348,13 @@ def open_work(job: Job, fields: Callable[[Job], dict[str, Any]] = key_fields_of)
     return work, plan
 
 
+def _hashes(job: Job, path: Path) -> dict[str, str]:
+    try:
+        return retried(lambda: whole_hashes(path))
+    except SlideError as error:
+        raise (share_fault(error, path, Path(job.root)) or error) from error.__cause__
+
+
 def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a finished result of this very key whose files are all there; None where there is none to keep."""
     folder = job.result_folder(spec.name)
@@ -411,12 +419,8 @@ def open_slide_of(job: Job) -> Slide:
             cache_bytes=job.memory // CACHE_SHARE,
         )
     except SlideError as error:
-        root = Path(job.root)
-        if error.reason is Reason.MISSING and job.root != job.slide and not (root.exists() and any(root.iterdir())):
-            raise EnvironmentFault(
-                f"folder {root} of the slides is gone or empty; mount it, then run the same again"
-            ) from error
-        raise
+        fault = share_fault(error, path, Path(job.root))
+        raise (fault or error) from error.__cause__
     with _kept.lock:
         # Closed when the last region that uses it lets go, not here.
         _keep(_kept.slides, name, slide)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import os
 import shutil
@@ -26,9 +27,10 @@ from types import TracebackType
 from typing import Self
 
 from pathology.errors import EnvironmentFault, SlideError, UsageError
+from pathology.faults import retried
 from pathology.job import Job
 from pathology.readers.fingerprint import fingerprint_file
-from pathology.readers.inspect import inspect_file
+from pathology.readers.inspect import SlideFile, inspect_file
 
 PREFIX = ".pathology-stage-"  # hidden, so that no search for slides finds the copies
 CHUNK_BYTES = 8 * 2**20
@@ -122,9 +124,7 @@ class Stage:
         if self._closed or not any(needed(self._jobs[place]) for place in self._open[number]):
             return Copy()
         try:
-            file = inspect_file(Path(job.slide))
-            sizes = {part: part.stat().st_size for part in file.parts}
-            before = fingerprint_file(file)
+            file, sizes, before = retried(lambda: _seen(Path(job.slide)))
         except (SlideError, OSError):
             return Copy()  # to be refused, with its reason, where it lies
         total = sum(sizes.values())
@@ -140,7 +140,7 @@ class Stage:
             for source, size in sizes.items():
                 target = part / source.relative_to(file.path.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._copy(source, target, size)
+                retried(functools.partial(self._copy, source, target, size))
             copied = inspect_file(part / file.path.name)
             if fingerprint_file(copied) != before or len(copied.parts) != len(sizes):
                 raise OSError(None, "the slide changed while it was copied")
@@ -242,6 +242,12 @@ def _remove(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(Path(at, name), 0)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _seen(path: Path) -> tuple[SlideFile, dict[Path, int], str]:
+    """A slide, the sizes of its files, and its fingerprint."""
+    file = inspect_file(path)
+    return file, {part: part.stat().st_size for part in file.parts}, fingerprint_file(file)
 
 
 def _words(error: Exception) -> str:

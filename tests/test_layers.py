@@ -22,6 +22,7 @@ ORDER = [
     "pathology.stitch",
     "pathology.job",
     "pathology.alive",
+    "pathology.faults",
     "pathology.durable",
     "pathology.records",
     "pathology.seal",
