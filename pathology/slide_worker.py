@@ -24,8 +24,8 @@ from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
 from pathology.durable import make_folders, sweep_temporaries
-from pathology.encoding import choose_encoding
-from pathology.errors import PathologyError, Reason, SlideError, UsageError
+from pathology.encoding import choose_encoding, stored_bytes
+from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.faults import retried, share_fault
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
@@ -64,6 +64,7 @@ class Prepared:
     record   result.json of a job that was finished before, None otherwise
     todo     regions to infer; none and no record: only the end is missing
     tiles    forward passes per region of `todo`
+    bytes    of the result before it is compressed, at most
     cells    where each lies: equal for regions of several models that show the same part of the slide, and need the same tiles
     """
 
@@ -71,6 +72,7 @@ class Prepared:
     todo: tuple[int, ...] = ()
     tiles: tuple[int, ...] = ()
     cells: tuple[Cell, ...] = ()
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,8 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     todo = work.todo(plan, whole=job.on_bad_tile == "fail")
     tiles = tuple(len(plan.regions[i].tiles) for i in todo)
     emit(Path(job.out), "slide-begin", {**what, "regions": len(plan.regions), "todo": len(todo), "tiles": sum(tiles)})
-    return Prepared(None, tuple(todo), tiles, tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo))
+    cells = tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo)
+    return Prepared(None, tuple(todo), tiles, cells, stored_bytes(spec, job.heatmap_dtype, plan.frame.shape, len(plan.tiles)))
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
             middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
             tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
             return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
-        except SlideError:
+        except (SlideError, EnvironmentFault):
             continue  # it is named when its turn comes
     return 0.0
 

@@ -84,12 +84,15 @@ class Stage:
     def begun(self, place: int) -> Copy | None:
         """How the staging of the slide ended, for its first job; None for others. Raises what the copy raised."""
         group = self._group[place]
-        return self._copies[group].result() if place == 0 or self._group[place - 1] != group else None
+        if place and self._group[place - 1] == group:
+            return None
+        return self._copies[group].result() if self._copies[group].done() else Copy()
 
     def folder(self, place: int) -> str | None:
         """The folder that holds the copy of the job's slide, as a worker is to be told; None where there is none."""
         group = self._group[place]
-        return str(self._place(group)) if self._copies[group].result().bytes else None
+        copied = self._copies[group].done() and self._copies[group].result().bytes
+        return str(self._place(group)) if copied else None
 
     def end(self, place: int) -> None:
         """The job at `place` has ended and no task of it runs; the last one of a slide takes its copy along."""
@@ -118,11 +121,12 @@ class Stage:
         return self._folder / f"{group:06d}"
 
     def _stage(self, number: int, needed: Callable[[Job], bool]) -> Copy:
-        job = self._jobs[min(self._open[number])]
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or number < self._ahead)
-        if self._closed or not any(needed(self._jobs[place]) for place in self._open[number]):
+            self._changed.wait_for(lambda: self._closed or number < self._ahead or not self._open[number])
+        waiting = sorted(self._open[number])
+        if self._closed or not any(needed(self._jobs[place]) for place in waiting):
             return Copy()
+        job = self._jobs[waiting[0]]
         try:
             file, sizes, before = retried(lambda: _seen(Path(job.slide)))
         except (SlideError, OSError):

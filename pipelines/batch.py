@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -22,12 +23,16 @@ from pathology.durable import make_folders, output_faults
 from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.export import can_export
+from pathology.job import Job
 from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
+from pathology.trials import needed
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
+from pipelines.preflight import Found, Preflight
+from pipelines.room import MIN_FREE_BYTES, Room, size
 from pipelines.slides import SlideEntry
 from pipelines.summary import clear_failure, known_failures, write_failure, write_summary
 
@@ -48,6 +53,7 @@ class Conduct:
     allow_failures: int = 0
     log_format: Literal["text", "json"] = "text"
     lease_s: float = LEASE_S
+    min_free: int = MIN_FREE_BYTES
 
 
 def exit_code(error: PathologyError) -> int:
@@ -59,16 +65,22 @@ def exit_code(error: PathologyError) -> int:
     return SOME_FAILED if isinstance(error, SlideError) else USAGE
 
 
-def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, conduct: Conduct) -> int:
-    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on."""
+def run_batch(
+    slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, conduct: Conduct, seen: Found | None = None
+) -> int:
+    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on.
+
+    seen  what another run has just seen of the slides' headers
+    """
     from pathology.device import choose_device, device_count
     from pathology.models import load_spec
     from pathology.models.pool import pooled_spec
     from pathology.runner import run
 
     began = time.monotonic()
+    seen = {} if seen is None else seen
     if (finder := tissue_model(settings)) is not None:
-        _find_tissue(slides, finder, settings, conduct)
+        _find_tissue(slides, finder, settings, conduct, seen)
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
@@ -84,6 +96,8 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     for job in jobs:
         job.stride_px(specs[job.model])
     out = settings.out
+    room = Room(out, conduct.min_free)
+    room.require()
     make_folders(out / ".work")
     with _stop_on_signals() as stop:
         ids = list(dict.fromkeys(job.slide_id for job in jobs))
@@ -102,18 +116,39 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     failed += 1
                     _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
+            to_read = {job.slide_id for job in todo if needed(job)}
+            preflight = Preflight([slide for slide in slides if slide.slide_id in to_read], settings, seen)
+
+            def progress(step: Progress) -> None:
+                if step.event in ("planned", "region"):
+                    room.require(step.bytes)
+                report.progress(step)
+
+            @functools.cache
+            def looked_at() -> None:
+                preflight.wait(stop)
+                most = sum(preflight.most_bytes(job, specs[job.model]) for job in todo if needed(job))
+                report.preflight(preflight, most)
+                room.require(most)
+
+            def refused(job: Job) -> Outcome | None:
+                looked_at()
+                error = preflight.failure(job.slide_id)
+                return None if error is None else Outcome(job, "failed", reason=error.reason, message=str(error))
+
             outcomes = run(
                 todo,
                 conduct.scheduler,
                 devices=devices,
                 dashboard=conduct.dashboard,
-                progress=report.progress,
+                progress=progress,
                 stop=stop,
                 known=known,
                 lease_s=conduct.lease_s,
+                preflight=refused,
             )
             # Closed before the table is made: by then no slide is this process's any more.
-            with closing(outcomes):
+            with closing(outcomes), preflight:
                 for outcome in outcomes if todo else ():
                     spec = specs[outcome.job.model]
                     _keep(outcome, spec.name, [kind for kind in conduct.exports if can_export(spec.output, kind)])
@@ -135,7 +170,7 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
 
-def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct) -> None:
+def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct, seen: Found) -> None:
     """Let `model` find the tissue of all slides that have no mask of their own, as a run of its own."""
     from pathology.areas import tissue_class
     from pathology.models import load_spec
@@ -145,7 +180,7 @@ def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, c
     looked_at = [slide for slide in slides if slide.mask is None]
     if looked_at:
         print(f"tissue by {spec.name}:", flush=True)
-        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()))
+        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()), seen)
 
 
 def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
@@ -193,6 +228,23 @@ class _Report:
             self._bar.refresh()
         else:
             self._bar.update(step.tiles)
+
+    def preflight(self, found: Preflight, most_bytes: int) -> None:
+        """A line for what the look at many slides has shown; none for few, of which each says so itself."""
+        if not found.many:
+            return
+        failures = found.failures()
+        if self._json:
+            facts = {"event": "preflight", "slides": found.slides, "looked_at": found.looked_at, "reasons": failures}
+            self.line(json.dumps({**facts, "most_bytes": most_bytes, "seconds": round(found.seconds, 3)}))
+            return
+        good = found.looked_at - sum(failures.values())
+        told = ", ".join([f"{good} can be read", *(f"{count} {reason}" for reason, count in failures.items())])
+        rest = f"; the other {left} when their turn comes" if (left := found.slides - found.looked_at) else ""
+        self.line(
+            f"preflight: {found.looked_at} slides in {found.seconds:.1f} s: {told}{rest}; "
+            f"results take {size(most_bytes)} at most"
+        )
 
     def _in_place(self, step: Progress) -> None:
         if self._json:

@@ -39,13 +39,16 @@ def main(context: click.Context, debug: bool) -> None:
 
 
 class Bytes(click.ParamType[int]):
-    """A number of bytes for people: 512M, 2G, 1.5GiB."""
+    """A number of bytes for people: 512M, 2G, 1.5GiB; 0 only where that is something."""
 
     name = "size"
 
+    def __init__(self, or_none: bool = False) -> None:
+        self._or_none = or_none
+
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?\s*", str(value))
-        if match is None or not float(match[1]):
+        if match is None or not (float(match[1]) or self._or_none):
             self.fail(f"{value!r} is no number of bytes; write 512M or 2G", param, context)
         return int(float(match[1]) * 1024 ** " kMGT".index(match[2].replace("K", "k") or " "))
 
@@ -220,6 +223,14 @@ def job_options(command: Command) -> Command:
     show_default=True,
     help="Take over a slide from another process on this DIR when that showed no sign of life for so long.",
 )
+@click.option(
+    "--min-free",
+    metavar="SIZE",
+    type=Bytes(or_none=True),
+    default="100M",
+    show_default=True,
+    help="Refuse to start where results may leave less free at DIR, and stop when less is; 0: go on until the disk is full.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @one_line_errors
 def run(
@@ -242,6 +253,7 @@ def run(
     stage_size: float,
     shard: tuple[int, int] | None,
     lease_s: float,
+    min_free: int,
     **options: Any,
 ) -> None:
     """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv).
@@ -265,6 +277,7 @@ def run(
         allow_failures=allow_failures,
         log_format=log_format,
         lease_s=lease_s,
+        min_free=min_free,
     )
     settings = _settings(
         **options,

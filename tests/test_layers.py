@@ -122,6 +122,8 @@ ORDER = [
     "pipelines.config",
     "pipelines.summary",
     "pipelines.bottleneck",
+    "pipelines.room",
+    "pipelines.preflight",
     "pipelines.check",
     "pipelines.status",
     "pipelines.benchmark",
