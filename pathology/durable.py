@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from pathology.alive import known_dead, mark
-from pathology.errors import EnvironmentFault
+from pathology.errors import EnvironmentFault, Fault
 from pathology.faults import TRANSIENT, retried
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -182,7 +182,8 @@ def output_faults(path: Path) -> Iterator[None]:
             raise
         room = f" ({free_bytes(path.parent)} bytes are free)" if error.errno in FULL else ""
         remedy = f"make room{room} or restore access, then run the same again"
-        raise EnvironmentFault(f"output {path.parent} cannot be written: {error.strerror}; {remedy}") from error
+        fault = Fault.DISK_FULL if error.errno in FULL else Fault.OUTPUT
+        raise EnvironmentFault(f"output {path.parent} cannot be written: {error.strerror}; {remedy}", fault) from error
 
 
 def free_bytes(folder: Path) -> int:

@@ -13,7 +13,7 @@ slide-kept    the driver found how it ended in an earlier run: {status, reason}
 slide-failed  {reason}
 slide-staged  {bytes, seconds}
 slide-in-place  {why}
-run-end       {failed, why}; why it stopped before all was done, "" otherwise
+run-end       {failed, why, fault}; why it stopped before all was done, "" otherwise; of a fault of the machine its word
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 from pathology.durable import make_folders, output_faults, sync_folder
 from pathology.faults import retried
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def emit(out: Path, event: str, fields: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError
+from pathology.errors import EnvironmentFault, Fault, PathologyError, Reason, SlideError
 
 T = TypeVar("T")
 
@@ -132,4 +132,4 @@ def share_gone(path: Path, root: Path, code: int | None = None) -> str:
 
 
 def _gone(why: str) -> EnvironmentFault:
-    return EnvironmentFault(f"{why}; mount it or restore access, then run the same again")
+    return EnvironmentFault(f"{why}; mount it or restore access, then run the same again", Fault.SHARE_GONE)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from pathology.clock import total
 from pathology.durable import make_folders, output_faults
-from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
+from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.export import can_export
 from pathology.job import Job
@@ -104,7 +105,7 @@ def run_batch(
         names = [specs[ref].name for ref in models]
         emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
         report = _Report(len(jobs), conduct.log_format)
-        failed, why = 0, ""
+        failed, why, fault = 0, "", ""
         try:
             known = known_failures(jobs, {ref: spec.name for ref, spec in specs.items()}, conduct.retry_failed)
             todo = []
@@ -160,10 +161,11 @@ def run_batch(
                         break
         except BaseException as error:
             why = one_line(error)
+            fault = str(error.fault) if isinstance(error, EnvironmentFault) else ""
             raise
         finally:
             with suppress(EnvironmentFault):  # told below, where it matters more than its event
-                emit(out, "run-end", {"failed": failed, "why": why})
+                emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
             report.close()
             write_summary(out)
     report.end(out, failed, time.monotonic() - began, devices)
@@ -213,6 +215,7 @@ class _Report:
     def __init__(self, jobs: int, log_format: Literal["text", "json"]) -> None:
         self._jobs = jobs
         self._ended = 0
+        self._reasons: Counter[str] = Counter()
         self._times: dict[object, list[dict[str, Any]]] = {}  # of what was computed in this run, by what was read for it
         self._json = log_format == "json"
         self._bar = tqdm(total=0, unit="tile", disable=None if not self._json else True, smoothing=0.05, file=sys.stderr)
@@ -263,6 +266,8 @@ class _Report:
         self._ended += 1
         self._describe()
         job, record = outcome.job, outcome.record
+        if reason := (outcome.reason if record is None else record["reason"]):
+            self._reasons[reason] += 1
         if record is not None and not outcome.before and "time" in record:
             self._times.setdefault((job.slide_id, *pixels_of(spec)), []).append(record["time"])
         if self._json:
@@ -302,11 +307,19 @@ class _Report:
         stages = total(spent["stages"] for together in self._times.values() for spent in together)
         working_s = sum(max(spent["wall_s"] for spent in together) for together in self._times.values())
         if self._json:
-            facts = {"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}
+            facts = {
+                "event": "end",
+                "jobs": self._jobs,
+                "failed": failed,
+                "reasons": self._reasons,
+                "seconds": round(seconds, 3),
+            }
             print(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
             return
         done = self._ended - failed
         print(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
+        for reason, count in self._reasons.most_common():
+            print(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
         if line := bottleneck(stages, working_s, seconds * devices):
             print(line)
         print(NOTICE)

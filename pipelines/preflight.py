@@ -15,7 +15,7 @@ from pathlib import Path
 from pathology.apart import Apart
 from pathology.cores import core_count
 from pathology.encoding import stored_bytes
-from pathology.errors import EnvironmentFault, Reason, SlideError
+from pathology.errors import EnvironmentFault, Fault, Reason, SlideError
 from pathology.faults import share_fault, share_gone
 from pathology.grid import TileGrid
 from pathology.job import Job, ReaderName
@@ -110,7 +110,8 @@ class Preflight:
             raise self._error
         missing = [s for s in self._slides if isinstance(e := self._found.get(s.slide_id), SlideError) and _is_missing(e)]
         if len(missing) == len(self._slides) > 1 and (why := share_gone(missing[0].path, missing[0].root)):
-            raise EnvironmentFault(f"none of the {len(missing)} slides is there: {why}; mount it or correct their paths")
+            message = f"none of the {len(missing)} slides is there: {why}; mount it or correct their paths"
+            raise EnvironmentFault(message, Fault.SHARE_GONE)
 
     @property
     def slides(self) -> int:

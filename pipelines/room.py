@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pathology.durable import free_bytes
-from pathology.errors import EnvironmentFault
+from pathology.errors import EnvironmentFault, Fault
 
 MIN_FREE_BYTES = 100 * 2**20
 
@@ -26,10 +26,12 @@ class Room:
             return
         keep = f"--min-free keeps {size(self._min_free)}"
         if not needed:
-            raise EnvironmentFault(f"{size(free)} are free at {self._out}, and {keep}: make room, then run the same again")
+            message = f"{size(free)} are free at {self._out}, and {keep}: make room, then run the same again"
+            raise EnvironmentFault(message, Fault.DISK_FULL)
         raise EnvironmentFault(
             f"results may take {size(needed)} at {self._out}, of which {size(free)} are free, and {keep}: make room, choose "
-            "another --out, fewer slides or a coarser --heatmap-mpp, or let it run until the disk is full with --min-free 0"
+            "another --out, fewer slides or a coarser --heatmap-mpp, or let it run until the disk is full with --min-free 0",
+            Fault.DISK_FULL,
         )
 
 
