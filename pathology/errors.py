@@ -115,7 +115,7 @@ class ModelError(PathologyError, ValueError):
 
 
 class EnvironmentFault(PathologyError, RuntimeError):
-    """The machine, not a slide, is at fault: output, disk, device, share (exit code 3); carries the typed `fault`. Fails no slide."""
+    """The machine, not a slide, is at fault: output, disk, device, share (exit code 3). Fails no slide; carries its `fault`."""
 
     def __init__(self, message: str, fault: Fault = Fault.MACHINE) -> None:
         super().__init__(message, fault)
