@@ -19,6 +19,7 @@ from pathlib import Path
 from pathology.alive import known_dead, mark
 from pathology.errors import EnvironmentFault, Fault
 from pathology.faults import TRANSIENT, retried
+from pathology.pulse import under_way
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # Errors of a disk or share, not of a slide.
@@ -43,7 +44,7 @@ def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
             _write_all(file, data)
             os.fsync(file.fileno())
 
-    with output_faults(path):
+    with _writing(path):
         try:
             retried(write)
             _take_name(temporary, path)
@@ -56,7 +57,7 @@ def write_once(path: Path, data: bytes) -> bytes:
     """Write `data` to `path` unless another did before, maybe at this very moment; what stands there, for all alike."""
     temporary = _temporary(path, path.parent)
     write_file(temporary, data)
-    with output_faults(path):
+    with _writing(path):
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -75,20 +76,20 @@ def new_file(path: Path, beside: Path | None = None) -> Iterator[Callable[[bytes
     What may pass is tried again, but for the fsync: what was written before it is no longer at hand.
     """
     temporary = _temporary(path, beside or path.parent)
-    with output_faults(path):
+    with _writing(path):
         file = retried(lambda: temporary.open("wb", buffering=0))
 
     def write(data: bytes) -> None:
-        with output_faults(path):
+        with _writing(path):
             _write_all(file, data)
 
     try:
         # Only what is done to this file is under `output_faults`: what raises between writes may be a slide's fault.
         with file:
             yield write
-            with output_faults(path):
+            with _writing(path):
                 os.fsync(file.fileno())
-        with output_faults(path):
+        with _writing(path):
             _take_name(temporary, path)
     except BaseException:
         _drop(temporary)
@@ -126,11 +127,7 @@ def _drop(temporary: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make names created, renamed or removed in `folder` last."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def sync_tree(folder: Path) -> None:
@@ -139,12 +136,17 @@ def sync_tree(folder: Path) -> None:
         if entry.is_dir(follow_symlinks=False):
             sync_tree(Path(entry.path))
         else:
-            fd = os.open(entry.path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync(Path(entry.path), os.O_RDONLY)
     sync_folder(folder)
+
+
+def _sync(path: Path, flags: int) -> None:
+    with under_way("write"):
+        fd = os.open(path, flags)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def sweep_temporaries(folder: Path) -> None:
@@ -167,9 +169,16 @@ def make_folders(folder: Path, within: Path | None = None) -> None:
     if folder == within:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     make_folders(folder.parent, within)
-    with output_faults(folder):
+    with _writing(folder):
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A single operation on the output, under `output_faults`; whoever holds this process sees how long it takes."""
+    with output_faults(path), under_way("write"):
+        yield
 
 
 @contextmanager

@@ -57,12 +57,12 @@ class Reason(StrEnum):
     TIMEOUT = (
         "timeout",
         "a read of it, or the work on it, did not come on in time",
-        "check the disk or share, then `--retry-failed`",
+        "check the disk or share, or a longer `--read-timeout` or `--region-timeout`",
     )
     OUT_OF_MEMORY = (
         "out_of_memory",
         "the worker took more memory than there is for it, twice",
-        "a smaller `--memory` or `--batch-size`",
+        "a smaller `--memory` or `--batch-size`, or a larger `--memory-limit`",
     )
     DEVICE_ERROR = "device_error", "the device failed on this slide's tiles, twice, and on no others", "see to driver and model"
     INTERNAL = "internal", "a bug in this program", "report it, with the message"

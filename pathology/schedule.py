@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pathology.calls import WorkerDied
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.process import Kind, WorkerPair
+from pathology.watch import Limits
 
 # Regions a worker works on at once: one reads while another's last batch is with the model.
 REGIONS_A_WORKER = 2
@@ -67,6 +68,8 @@ class InOrder:
     def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
         try:
             self.done.put(Done(token, value=function(*arguments)))
+        except WorkerDied as error:
+            self.done.put(Done(token, error=error, died=True))
         except Exception as error:
             self.done.put(Done(token, error=error))
 
@@ -131,10 +134,12 @@ class OnDask:
             self._cluster.close(timeout=5)
 
 
-def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -> Tasks:
+def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None, limits: Limits | None = None) -> Tasks:
     """The runner for `scheduler`: sync, threads, processes (two for each device), or the address of one that runs.
 
     dashboard  address for Dask's dashboard on loopback, e.g. ":8787"; None: off
+    limits     for processes of our own; nobody looks after those of another scheduler, and this one cannot end itself
+
     Raises UsageError for another word, EnvironmentFault where no scheduler answers.
     """
     if scheduler == "sync":
@@ -151,7 +156,7 @@ def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -
             raise EnvironmentFault(
                 f"no Dask scheduler answers at {scheduler}; start it, or choose another --scheduler"
             ) from error
-    return _local(scheduler == "processes", devices, dashboard)
+    return _local(scheduler == "processes", devices, dashboard, limits)
 
 
 def _in_process(kind: Kind, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -177,7 +182,7 @@ def _plugin(pair: WorkerPair) -> Any:
     return OwnProcesses()
 
 
-def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
+def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits | None) -> OnDask:
     """A cluster in this process: its workers' threads run the tasks, or hand each to a process of their worker's.
 
     So a death is known at once and concerns that worker alone, and the processes need nothing of Dask. Listens on loopback
@@ -200,7 +205,7 @@ def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
     pairs: list[WorkerPair] = []
     if processes:
         for device in range(devices):
-            pairs.append(WorkerPair({"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}))
+            pairs.append(WorkerPair({"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}, limits))
             more = {"nthreads": sum(SLOTS.values()), "resources": SLOTS, "plugins": [_plugin(pairs[device])]}
             workers[device] = {"cls": Worker, "options": {**options, **more}}
     make_cluster: Callable[..., Any] = SpecCluster

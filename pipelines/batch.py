@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
 from pathology.trials import needed
+from pathology.watch import Limits
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.preflight import Found, Preflight
@@ -55,6 +56,7 @@ class Conduct:
     log_format: Literal["text", "json"] = "text"
     lease_s: float = LEASE_S
     min_free: int = MIN_FREE_BYTES
+    limits: Limits = field(default_factory=Limits)
 
 
 def exit_code(error: PathologyError) -> int:
@@ -147,6 +149,7 @@ def run_batch(
                 known=known,
                 lease_s=conduct.lease_s,
                 preflight=refused,
+                limits=conduct.limits,
             )
             # Closed before the table is made: by then no slide is this process's any more.
             with closing(outcomes), preflight:

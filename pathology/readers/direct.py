@@ -25,6 +25,7 @@ from pathology.clock import timed
 from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.faults import read_fault, retried
 from pathology.geometry import Box
+from pathology.pulse import beat
 from pathology.readers import codecs
 from pathology.readers.codecs import Corrupt, Pixels, TileCodec
 from pathology.readers.inspect import SlideFile, refuse_channels
@@ -282,6 +283,7 @@ class DirectReader:
             raise
         except OSError as error:
             raise read_fault(self._name, self._path, error) from error
+        beat()
         self._read_s += (time.perf_counter() - began - self._read_s) / READS_REMEMBERED
         if len(data) < count:
             message = f"{self._name} ends at byte {place + len(data)} since it was opened; copy it again from its source"
