@@ -123,6 +123,7 @@ ORDER = [
     "pipelines.summary",
     "pipelines.bottleneck",
     "pipelines.room",
+    "pipelines.headers",
     "pipelines.preflight",
     "pipelines.check",
     "pipelines.status",
