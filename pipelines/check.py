@@ -25,7 +25,7 @@ from pathology.slide import SlideInfo
 from pathology.slide_worker import plan_slide
 from pathology.together import groups
 from pipelines.config import Settings, make_jobs, tissue_model
-from pipelines.preflight import MOST_PROCESSES, headers, processes
+from pipelines.headers import MOST_PROCESSES, headers, processes
 from pipelines.room import size
 from pipelines.slides import SlideEntry
 
@@ -100,7 +100,8 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
 
 def _opened(slides: Sequence[SlideEntry], settings: Settings) -> Iterator[Verdict]:
     with Apart(processes(len(slides))) as apart:
-        for entry, found in zip(slides, headers(apart, slides, settings), strict=True):
+        seen = headers(apart, slides, settings.slide_mpp, settings.force, settings.reader)
+        for entry, found in zip(slides, seen, strict=True):
             if isinstance(found, SlideError):
                 yield Verdict(entry, reason=found.reason, message=str(found))
             else:

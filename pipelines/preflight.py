@@ -9,59 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pathology.apart import Apart
-from pathology.cores import core_count
 from pathology.encoding import stored_bytes
 from pathology.errors import EnvironmentFault, Fault, Reason, SlideError
-from pathology.faults import share_fault, share_gone
+from pathology.faults import share_gone
 from pathology.grid import TileGrid
-from pathology.job import Job, ReaderName
+from pathology.job import Job
 from pathology.model import ModelSpec
-from pathology.readers import open_slide
 from pathology.readers.inspect import inspect_file
 from pathology.runner import SLIDES_AHEAD
 from pathology.slide import SlideInfo
 from pipelines.config import Settings
+from pipelines.headers import headers, processes
 from pipelines.slides import SlideEntry
 
 # By a slide's id.
 Found = dict[str, SlideInfo | SlideError]
 
-# More readers at once do not make storage faster, and a process takes as long to start as this many slides to look at.
-MOST_PROCESSES = 8
-SLIDES_A_PROCESS = 50
 # What was not looked at by then is when its turn comes.
 LONGEST_S = 60.0
-
-
-def headers(apart: Apart, slides: Sequence[SlideEntry], settings: Settings) -> Iterator[SlideInfo | SlideError]:
-    """What each slide's headers say, or why it cannot be worked on: in order, by the processes of `apart`, side by side.
-
-    Raises EnvironmentFault where a slide's share does not answer.
-    """
-    calls = ((repr(slide.path.name), (slide, settings.slide_mpp, settings.force, settings.reader)) for slide in slides)
-    for found in apart.results(_header, calls):
-        if isinstance(found, Exception) and not isinstance(found, SlideError):
-            raise found
-        yield found
-
-
-def processes(slides: int) -> int:
-    """How many are worth starting for so many slides."""
-    return min(core_count(), MOST_PROCESSES, 1 + slides // SLIDES_A_PROCESS)
-
-
-def _header(slide: SlideEntry, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
-    mpp = slide.slide_mpp if slide.slide_mpp is not None else slide_mpp
-    try:
-        with open_slide(slide.path, mpp, force=force, reader=reader, headers_only=True) as opened:
-            return opened.info
-    except SlideError as error:
-        fault = share_fault(error, slide.path, slide.root) if error.reason is Reason.READ_ERROR else None
-        raise (fault or error) from error.__cause__
 
 
 class Preflight:
@@ -144,9 +113,11 @@ class Preflight:
 
     def _look(self) -> None:
         assert self._apart is not None
+        asked = self._settings
         try:
             with self._apart:
-                for slide, found in zip(self._new, headers(self._apart, self._new, self._settings), strict=True):
+                seen = headers(self._apart, self._new, asked.slide_mpp, asked.force, asked.reader)
+                for slide, found in zip(self._new, seen, strict=True):
                     if self._given_up:  # what comes now has been cut off
                         break
                     self._found[slide.slide_id] = found

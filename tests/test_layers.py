@@ -126,6 +126,7 @@ ORDER = [
     "pipelines.summary",
     "pipelines.bottleneck",
     "pipelines.room",
+    "pipelines.headers",
     "pipelines.preflight",
     "pipelines.check",
     "pipelines.status",
