@@ -42,7 +42,17 @@ def take_memory() -> None:
         time.sleep(0.02)
 
 
-WAYS: dict[str, Callable[[], None]] = {"crash": crash, "hang": hang, "device": break_device, "memory": take_memory}
+def pause() -> None:
+    time.sleep(8)
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    "crash": crash,
+    "hang": hang,
+    "device": break_device,
+    "memory": take_memory,
+    "pause": pause,
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -119,6 +120,17 @@ def test_a_model_that_hangs_once_costs_nothing(folder: Path, tmp_path: Path) -> 
     found = ended(jobs(folder, tmp_path, f"how=hang&flag={tmp_path / 'flag'}"), Limits(region_s=20))
     assert (tmp_path / "flag").exists()
     assert {outcome.status for outcome in found.values()} == {"ok"}
+
+
+def test_a_region_that_takes_longer_than_the_deadline_is_none_that_hangs(folder: Path, tmp_path: Path) -> None:
+    pixels = noise_pixels(256, 256)
+    pixels[[0, 32, 64, 96], 0] = POISON  # each in a batch of its own
+    path = write_tiff(tmp_path / "slow.tiff", [pixels])
+    job = replace(jobs(folder, tmp_path / "out", "how=pause")[0], slide=str(path), slide_id="slow", block=8)
+    (outcome,) = run([job], "processes", limits=Limits(region_s=20))
+    assert outcome.status == "ok", outcome.message
+    (done,) = (event for event in read_events(tmp_path / "out") if event["event"] == "region-done")
+    assert done["seconds"] > 30
 
 
 @pytest.mark.fault("F23")
