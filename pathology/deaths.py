@@ -7,7 +7,7 @@ often and no more.
 from __future__ import annotations
 
 from pathology.calls import Death, WorkerDied
-from pathology.errors import EnvironmentFault, Reason, one_line
+from pathology.errors import EnvironmentFault, Fault, Reason, one_line
 from pathology.schedule import Done
 
 # Workers ended from outside while nothing else ran, in a row, before the run stops: no slide is to blame for that.
@@ -62,10 +62,12 @@ class Deaths:
         Raises EnvironmentFault where the output hangs, a process cannot be replaced, or too many were killed.
         """
         if death is Death.WRITE and alone:
-            raise EnvironmentFault("the output does not answer; see that its disk or share does, then run the same again")
+            message = "the output does not answer; see that its disk or share does, then run the same again"
+            raise EnvironmentFault(message, Fault.OUTPUT)
         if death is Death.DEVICE and not self._apart:
             raise EnvironmentFault(
-                "the device failed, and this process cannot use it any more; run the same again, with --scheduler processes"
+                "the device failed, and this process cannot use it any more; run the same again, with --scheduler processes",
+                Fault.DEVICE,
             )
         if death is not Death.KILL:
             return True
@@ -87,7 +89,8 @@ class Deaths:
         if len(self._hung) >= HANGS_BORNE:
             raise EnvironmentFault(
                 f"{len(self._hung)} slides in a row hung ({how(done)}); see that what they lie on answers, "
-                f"then run the same again, or leave them out: {', '.join(self._hung)}"
+                f"then run the same again, or leave them out: {', '.join(self._hung)}",
+                Fault.SHARE_GONE,
             )
 
     @property

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from pathology.errors import EnvironmentFault, UsageError
+from pathology.errors import EnvironmentFault, Fault, UsageError
 from pathology.job import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -103,18 +103,25 @@ def choose_device(name: str = "auto", facts: TorchFacts | None = None, nvidia: b
     facts = facts or torch_facts()
     if facts.cuda_count == 0 and (nvidia_present() if nvidia is None else nvidia):
         why = "sees none: check the driver" if facts.cuda_build else "is built without CUDA: install a CUDA build of torch"
-        raise EnvironmentFault(f"this machine has an NVIDIA device but torch {facts.version} {why}, or pass --device cpu")
+        raise EnvironmentFault(
+            f"this machine has an NVIDIA device but torch {facts.version} {why}, or pass --device cpu", Fault.DEVICE
+        )
     if name == "auto":
         return "cuda" if facts.cuda_count else "mps" if facts.mps else "cpu"
     if name == "mps":
         if not facts.mps:
-            raise EnvironmentFault(f"device mps was asked for, but torch {facts.version} has none; pass --device cpu")
+            raise EnvironmentFault(
+                f"device mps was asked for, but torch {facts.version} has none; pass --device cpu", Fault.DEVICE
+            )
         return name
     if facts.cuda_count == 0:
-        raise EnvironmentFault(f"device {name} was asked for, but torch {facts.version} sees no CUDA device; pass --device cpu")
+        raise EnvironmentFault(
+            f"device {name} was asked for, but torch {facts.version} sees no CUDA device; pass --device cpu", Fault.DEVICE
+        )
     if name != "cuda" and int(name.removeprefix("cuda:")) >= facts.cuda_count:
         raise EnvironmentFault(
-            f"device {name} was asked for, but torch sees {facts.cuda_count}: cuda:0 to cuda:{facts.cuda_count - 1}"
+            f"device {name} was asked for, but torch sees {facts.cuda_count}: cuda:0 to cuda:{facts.cuda_count - 1}",
+            Fault.DEVICE,
         )
     return name
 

@@ -7,31 +7,23 @@ rename stands. What a dead one leaves behind is removed by `sweep_temporaries`.
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from pathology.alive import known_dead, mark
-from pathology.errors import EnvironmentFault
+from pathology.errors import EnvironmentFault, Fault
+from pathology.faults import TRANSIENT, retried
 from pathology.pulse import under_way
 
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # Errors of a disk or share, not of a slide.
-DISK_ERRORS = {
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTCONN,
-}
+DISK_ERRORS = TRANSIENT | FULL | {errno.EEXIST, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
 
 # Temporary files of processes elsewhere, of which nothing can be known, are taken for litter after this long.
 LITTER_S = 24 * 3600.0
@@ -40,12 +32,25 @@ _temporaries = itertools.count()
 
 
 def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
-    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder.
+    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder. What may pass is tried again.
 
     beside  folder for the temporary file, on the same file system: where that is gone, `path` stays as it is
     """
-    with new_file(path, beside) as write:
-        write(data)
+    temporary = _temporary(path, beside or path.parent)
+
+    def write() -> None:
+        # From its first byte at every try: once an fsync has failed, nobody knows which bytes have arrived.
+        with temporary.open("wb", buffering=0) as file:
+            _write_all(file, data)
+            os.fsync(file.fileno())
+
+    with _writing(path):
+        try:
+            retried(write)
+            _take_name(temporary, path)
+        except BaseException:
+            _drop(temporary)
+            raise
 
 
 def write_once(path: Path, data: bytes) -> bytes:
@@ -66,16 +71,17 @@ def write_once(path: Path, data: bytes) -> bytes:
 
 @contextmanager
 def new_file(path: Path, beside: Path | None = None) -> Iterator[Callable[[bytes], None]]:
-    """Replace `path` by all that is written inside: gives a function that appends. Where the inside raises, nothing changes."""
+    """Replace `path` by all that is written inside: gives a function that appends. Where the inside raises, nothing changes.
+
+    What may pass is tried again, but for the fsync: what was written before it is no longer at hand.
+    """
     temporary = _temporary(path, beside or path.parent)
     with _writing(path):
-        file = temporary.open("wb", buffering=0)
+        file = retried(lambda: temporary.open("wb", buffering=0))
 
     def write(data: bytes) -> None:
-        left = memoryview(data)
         with _writing(path):
-            while left:
-                left = left[file.write(left) :]
+            _write_all(file, data)
 
     try:
         # Only what is done to this file is under `output_faults`: what raises between writes may be a slide's fault.
@@ -83,12 +89,40 @@ def new_file(path: Path, beside: Path | None = None) -> Iterator[Callable[[bytes
             yield write
             with _writing(path):
                 os.fsync(file.fileno())
+        with _writing(path):
+            _take_name(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _drop(temporary)
         raise
-    with _writing(path):
-        temporary.replace(path)
-        sync_folder(path.parent)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[retried(functools.partial(file.write, left)) :]
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    """Rename a file to `path`, to last."""
+
+    def rename() -> None:
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:
+            # A server may have done it at the try before and told of an error. Nobody else has a file of this name.
+            if not tried or not path.exists():
+                raise
+        finally:
+            tried.append(True)
+
+    tried: list[bool] = []
+    retried(rename)
+    retried(lambda: sync_folder(path.parent))
+
+
+def _drop(temporary: Path) -> None:
+    with suppress(OSError):  # where the disk is gone, so is this
+        temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -155,6 +189,20 @@ def output_faults(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise EnvironmentFault(
-            f"output {path.parent} cannot be written: {error.strerror}; make room or restore access, then run the same again"
-        ) from error
+        room = f" ({free_bytes(path.parent)} bytes are free)" if error.errno in FULL else ""
+        remedy = f"make room{room} or restore access, then run the same again"
+        fault = Fault.DISK_FULL if error.errno in FULL else Fault.OUTPUT
+        raise EnvironmentFault(f"output {path.parent} cannot be written: {error.strerror}; {remedy}", fault) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where `folder` lies, or will be made; 0 where that cannot be told."""
+    for place in (folder, *folder.parents):
+        try:
+            state = os.statvfs(place)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return 0
+        return state.f_bavail * state.f_frsize
+    return 0

@@ -62,6 +62,8 @@ class Encoding:
 
 
 FLOAT32 = Encoding()
+# From this many pixels a side on a heatmap has coarser levels, which take a third of its bytes.
+LARGE_PX = 256
 
 
 def choose_encoding(spec: ModelSpec, dtype: Dtype | Literal["auto"]) -> Encoding:
@@ -75,3 +77,12 @@ def choose_encoding(spec: ModelSpec, dtype: Dtype | Literal["auto"]) -> Encoding
         dtype = "uint8" if spec.scores == "probability" else "float32"
     low, high = (0.0, 1.0) if spec.scores == "probability" else spec.display
     return Encoding(dtype, low, high) if dtype == "uint8" else Encoding(dtype)
+
+
+def stored_bytes(spec: ModelSpec, dtype: Dtype | Literal["auto"], shape: tuple[int, int], tiles: int) -> int:
+    """Bytes of a result's heatmap of `shape`, or of the features of so many tiles, before they are compressed."""
+    if spec.features:
+        return tiles * spec.features * 4
+    height, width = shape
+    pyramid = 4 / 3 if max(height, width) > LARGE_PX else 1.0
+    return int(height * width * len(spec.classes) * pyramid * np.dtype(choose_encoding(spec, dtype).dtype).itemsize)

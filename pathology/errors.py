@@ -3,31 +3,93 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class Reason(StrEnum):
-    """Why a slide has no result, or no whole one; the word in `summary.csv`, events and `result.json`."""
+    """Why a slide has no result, or no whole one; the word in `summary.csv`, events and `result.json`.
 
-    MISSING = "missing"  # no such path
-    EMPTY = "empty_file"  # zero bytes
-    NOT_A_FILE = "not_a_file"  # a folder, pipe or device where a slide was expected
-    PERMISSION = "permission"  # the file may not be read
-    NOT_A_SLIDE = "not_a_slide"  # the content is no picture that any reader knows
-    TRUNCATED = "truncated"  # the file ends before its own pixels do
-    UNSUPPORTED = "unsupported"  # a slide, but of a kind no reader here decodes
-    NO_MPP = "no_mpp"  # the file names no resolution
-    BAD_MPP = "bad_mpp"  # the resolution is absurd, anisotropic or contradicts --slide-mpp
-    BAD_MASK = "bad_mask"  # the mask or region of interest given for it cannot be read, or belongs to another slide
-    READ_ERROR = "read_error"  # pixels could not be read although the slide opened
-    CORRUPT_TILES = "corrupt_tiles"  # pixels of single tiles cannot be decoded; the file is readable elsewhere
-    BAD_SCORES = "bad_scores"  # the model answered with NaN or infinity
-    MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
-    CHANGED = "changed"  # the slide, or its finished result, is not what it was when the result was made
-    CRASHED = "crashed"  # the worker process died on this slide, twice
-    TIMEOUT = "timeout"  # a call that reads the file did not come back in time, or nothing else came on
-    OUT_OF_MEMORY = "out_of_memory"  # the worker took more memory than there is for it, twice
-    DEVICE_ERROR = "device_error"  # the device failed on this slide's tiles, twice, and on no others
-    INTERNAL = "internal"  # a bug in this program
+    meaning  what it says of the slide
+    remedy   what a person can do about it
+    """
+
+    meaning: str
+    remedy: str
+
+    def __new__(cls, word: str, meaning: str = "", remedy: str = "") -> Self:
+        reason = str.__new__(cls, word)
+        reason._value_ = word
+        reason.meaning, reason.remedy = meaning, remedy
+        return reason
+
+    MISSING = "missing", "no such path, or a part of the slide is not there", "correct the path, or copy what is missing"
+    EMPTY = "empty_file", "the file has no bytes", "copy it again from its source"
+    NOT_A_FILE = "not_a_file", "a folder, pipe or device where a slide was expected", "name the slide's own file"
+    PERMISSION = "permission", "the file may not be read", "ask for the right to read it"
+    NOT_A_SLIDE = "not_a_slide", "the content is no picture that any reader knows", "leave it out"
+    TRUNCATED = "truncated", "the file ends before its own pixels do", "copy it again from its source"
+    UNSUPPORTED = "unsupported", "a slide, but of a kind no reader here decodes", "convert it to a tiled RGB pyramid"
+    NO_MPP = "no_mpp", "the file names no resolution", "state it: `--slide-mpp`, or the slide list's column `slide_mpp`"
+    BAD_MPP = (
+        "bad_mpp",
+        "the resolution is absurd, anisotropic or contradicts `--slide-mpp`",
+        "state the right one, with `--force`",
+    )
+    BAD_MASK = "bad_mask", "its mask or region of interest cannot be read, or is another slide's", "correct it, or leave it out"
+    READ_ERROR = (
+        "read_error",
+        "the file opened, but cannot be read to its end",
+        "check the disk; copy it again, then `--retry-failed`",
+    )
+    CORRUPT_TILES = (
+        "corrupt_tiles",
+        "pixels of single tiles cannot be decoded",
+        "copy it again from its source, then `--overwrite`",
+    )
+    BAD_SCORES = (
+        "bad_scores",
+        "the model answered with NaN or infinity",
+        "see to the model; `--precision fp32` has the widest range",
+    )
+    MODEL_ERROR = "model_error", "the model raised on this slide's tiles", "see to the model, then `--retry-failed`"
+    CHANGED = "changed", "the slide, or its result, is not what it was when that was made", "`--overwrite` computes it anew"
+    CRASHED = "crashed", "the worker process died on this slide, twice", "try it alone; convert it, or leave it out"
+    TIMEOUT = (
+        "timeout",
+        "a read of it, or the work on it, did not come on in time",
+        "check the disk or share, or a longer `--read-timeout` or `--region-timeout`",
+    )
+    OUT_OF_MEMORY = (
+        "out_of_memory",
+        "the worker took more memory than there is for it, twice",
+        "a smaller `--memory` or `--batch-size`, or a larger `--memory-limit`",
+    )
+    DEVICE_ERROR = "device_error", "the device failed on this slide's tiles, twice, and on no others", "see to driver and model"
+    INTERNAL = "internal", "a bug in this program", "report it, with the message"
+
+
+class Fault(StrEnum):
+    """What of the machine ends a run, which then fails no slide (exit code 3); the word in the event `run-end`.
+
+    meaning  what is at fault
+    remedy   what a person can do about it, before the same command goes on
+    """
+
+    meaning: str
+    remedy: str
+
+    def __new__(cls, word: str, meaning: str = "", remedy: str = "") -> Self:
+        fault = str.__new__(cls, word)
+        fault._value_ = word
+        fault.meaning, fault.remedy = meaning, remedy
+        return fault
+
+    SHARE_GONE = "share_gone", "what slides lie on does not answer, or is not mounted", "mount it or restore access"
+    DISK_FULL = "disk_full", "there is no room for results, or less than `--min-free`", "make room"
+    OUTPUT = "output", "the output is gone, read-only or answers with errors", "restore access"
+    DEVICE = "device", "the device is lost, or none is to be had", "see that it works, or `--device cpu`"
+    NO_MEMORY = "no_memory", "there is no memory for a single tile", "free memory, or a smaller `--memory`"
+    MACHINE = "machine", "another part of the machine: a scheduler, a folder for copies, a network", "as the message says"
 
 
 class PathologyError(Exception):
@@ -53,7 +115,15 @@ class ModelError(PathologyError, ValueError):
 
 
 class EnvironmentFault(PathologyError, RuntimeError):
-    """The machine, not a slide, is at fault: output, disk, device, share (exit code 3). Fails no slide."""
+    """The machine, not a slide, is at fault: output, disk, device, share (exit code 3). Fails no slide; carries its `fault`."""
+
+    def __init__(self, message: str, fault: Fault = Fault.MACHINE) -> None:
+        super().__init__(message, fault)
+        self.fault = fault
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class OutOfMemory(EnvironmentFault):

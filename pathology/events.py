@@ -13,7 +13,7 @@ slide-kept    the driver found how it ended in an earlier run: {status, reason}
 slide-failed  {reason}
 slide-staged  {bytes, seconds}
 slide-in-place  {why}
-run-end       {failed, why}; why it stopped before all was done, "" otherwise
+run-end       {failed, why, fault}; why it stopped before all was done, "" otherwise; of a fault of the machine its word
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from pathology.durable import make_folders, output_faults, sync_folder
+from pathology.faults import retried
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def emit(out: Path, event: str, fields: Mapping[str, Any]) -> None:
@@ -41,20 +42,25 @@ def emit(out: Path, event: str, fields: Mapping[str, Any]) -> None:
     line = (json.dumps({"schema": SCHEMA, "time": time.time(), "event": event, **fields}) + "\n").encode()
     make_folders(path.parent)
     with output_faults(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(fd).st_size
-            # Process numbers come again: this file may be a dead process's, its last line torn.
-            if size and os.pread(fd, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            # One write, so that lines of threads do not mix; only a full disk takes less than all of it.
-            if os.write(fd, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if size == 0:
-            sync_folder(path.parent)
+        if retried(lambda: _append(path, line)):
+            retried(lambda: sync_folder(path.parent))
+
+
+def _append(path: Path, line: bytes) -> bool:
+    """Append a line and fsync it; whether it is the first. Tried again after an error it may be there twice."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        # Process numbers come again: this file may be a dead process's, its last line torn.
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        # One write, so that lines of threads do not mix; only a full disk takes less than all of it.
+        if os.write(fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return size == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pathology.alive import known_dead, mark
 from pathology.durable import make_folders, output_faults, sweep_temporaries
-from pathology.errors import EnvironmentFault
+from pathology.errors import EnvironmentFault, Fault
 from pathology.job import FREE
 
 # An owner shows every BEAT_S that it lives. One that was not seen to for LEASE_S, by the clock of who waits, is taken for dead.
@@ -144,7 +144,7 @@ class Leases:
             sweep(work)
             self._works.add(work)
         elif not work.is_dir():
-            raise EnvironmentFault(f"output {work.parent} is gone; mount it, then run the same again")
+            raise EnvironmentFault(f"output {work.parent} is gone; mount it, then run the same again", Fault.OUTPUT)
 
     def _own(self, place: Path, token: str) -> None:
         with self._lock:

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from pathology import slide_worker, worker
 from pathology.calls import Death
 from pathology.deaths import Deaths, death_of, fatal, how
-from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError, first_line
+from pathology.durable import DISK_ERRORS
+from pathology.errors import EnvironmentFault, Fault, ModelError, PathologyError, Reason, SlideError, UsageError, first_line
 from pathology.events import emit
 from pathology.job import Job
 from pathology.lease import LEASE_S, Leases, Owner
@@ -60,7 +61,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Something happened: "planned" with forward passes to come, "region" with forward passes done, both of one job;
+    """Something happened: "planned" with forward passes to come and the `bytes` that the result may take, "region" with forward
+    passes done, both of one job;
     "in-place": the slide is read where it lies although it was to be staged, and the message says why; "waiting": nothing is
     left but slides that other processes work on, and the message says which has this one."""
 
@@ -68,6 +70,7 @@ class Progress:
     job: Job
     tiles: int
     message: str = ""
+    bytes: int = 0
 
 
 class Interrupted(PathologyError):
@@ -133,12 +136,14 @@ def run(
     known: Callable[[Job], Outcome | None] = lambda _: None,
     lease_s: float = LEASE_S,
     limits: Limits | None = None,
+    preflight: Callable[[Job], Outcome | None] = lambda _: None,
 ) -> Generator[Outcome, None, None]:
     """Compute all jobs; yields an outcome for each as it ends.
 
     scheduler  "sync" (the reference), "threads", "processes" (two for each device), or "tcp://127.0.0.1:PORT"
     stop       set it to end early: running regions are let end, then Interrupted is raised
     known      the failure of a job that stands, if another process or run has met one; asked once the slide is this process's
+    preflight  the failure that a look at a job's slide has shown; asked for all jobs before the first region
     lease_s    after so long without a sign of life from another process that has a slide, it is taken over
     limits     in time and memory, of the worker processes of "processes"
 
@@ -153,7 +158,7 @@ def run(
         tasks = open_tasks(scheduler, devices, dashboard, limits)
         try:
             window = _Window(
-                jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage, leases, known
+                jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage, leases, known, preflight
             )
             yield from window.outcomes()
         finally:
@@ -173,11 +178,14 @@ class _Window:
         stage: Stage | None,
         leases: Leases,
         known: Callable[[Job], Outcome | None],
+        preflight: Callable[[Job], Outcome | None],
     ) -> None:
         self._processes = processes
         self._states = [_State(job) for job in jobs]
         self._turns = Turns(leases, jobs, self._waits_for)
         self._known = known
+        self._preflight = preflight
+        self._refused: dict[int, Outcome] = {}  # by the place of their job
         self._found: deque[tuple[int, Outcome]] = deque()  # failures that stand, by the place of their job
         self._group: dict[int, _Group] = {}  # by the place of a job
         self._tasks = tasks
@@ -231,7 +239,9 @@ class _Window:
         jobs, together = try_models([state.job for state in self._states], self._alone, self._processes)
         for state, job in zip(self._states, jobs, strict=True):
             state.job = job
-        self._turns.queue(together)
+        refused = ((place, self._preflight(job)) for place, job in enumerate(jobs))
+        self._refused = {place: outcome for place, outcome in refused if outcome is not None}
+        self._turns.queue(sorted(together, key=lambda places: not all(place in self._refused for place in places)))
 
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
         """Run `function` as a task while nothing else runs but a first look, and wait for its end.
@@ -292,7 +302,7 @@ class _Window:
                 state.job = replace(state.job, owner=token)
                 if state.ended:
                     continue
-                if (outcome := self._known(state.job)) is None:
+                if (outcome := self._known(state.job) or self._refusal(place)) is None:
                     begun.append(place)
                 else:
                     state.ended = True
@@ -305,7 +315,14 @@ class _Window:
     def _next_is_ready(self) -> bool:
         """Whether there is a group to begin and its slide lies where it will be read."""
         group = self._turns.next()
-        return group is not None and (self._stage is None or self._stage.ready(group[0], SLIDES_AHEAD))
+        if group is None or self._stage is None or all(place in self._refused for place in group):
+            return group is not None
+        return self._stage.ready(group[0], SLIDES_AHEAD)
+
+    def _refusal(self, place: int) -> Outcome | None:
+        """The failure that the look at a job's slide has shown, unless another process has finished it nevertheless."""
+        refused, job = self._refused.get(place), self._states[place].job
+        return None if refused is None or not needed(job) else replace(refused, job=job)
 
     def _waits_for(self, place: int, owner: Owner) -> None:
         self._progress(Progress("waiting", self._states[place].job, 0, str(owner)))
@@ -452,7 +469,7 @@ class _Window:
             self._tell_hung()
         state.todo = set(prepared.todo)
         state.tiles = dict(zip(prepared.todo, prepared.tiles, strict=True))
-        self._progress(Progress("planned", state.job, sum(prepared.tiles)))
+        self._progress(Progress("planned", state.job, sum(prepared.tiles), bytes=prepared.bytes))
         if state.todo:
             self._group[place].begun[place] = prepared
         else:
@@ -462,6 +479,9 @@ class _Window:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            what = "a disk or share" if error.filename is None else f"the disk or share of {error.filename}"
+            raise EnvironmentFault(f"{what} does not answer: {error.strerror}; see to it, then run the same again") from error
         if death_of(done) is not None:
             return self._died(place, state, done)
         if isinstance(error, SlideError):
@@ -478,7 +498,8 @@ class _Window:
         if death_of(done) is Death.DEVICE:
             probe = self._alone(worker.check_model, replace(state.job, stage=None))
             if probe.died or probe.error is not None:
-                raise EnvironmentFault(f"{how(done)}, and in a new process again; see that it works, then run the same again")
+                message = f"{how(done)}, and in a new process again; see that it works, then run the same again"
+                raise EnvironmentFault(message, Fault.DEVICE)
         reason, message = fatal(done)
         outcome = Outcome(state.job, "failed", reason=reason, message=message)
         if reason is not Reason.TIMEOUT:

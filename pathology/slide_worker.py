@@ -24,9 +24,10 @@ from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
 from pathology.durable import make_folders, sweep_temporaries
-from pathology.encoding import choose_encoding
+from pathology.encoding import choose_encoding, stored_bytes
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
+from pathology.faults import retried, share_fault
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
 from pathology.job import FREE, Job, key_difference, key_of
@@ -64,6 +65,7 @@ class Prepared:
     record   result.json of a job that was finished before, None otherwise
     todo     regions to infer; none and no record: only the end is missing
     tiles    forward passes per region of `todo`
+    bytes    of the result before it is compressed, at most
     cells    where each lies: equal for regions of several models that show the same part of the slide, and need the same tiles
     """
 
@@ -71,6 +73,7 @@ class Prepared:
     todo: tuple[int, ...] = ()
     tiles: tuple[int, ...] = ()
     cells: tuple[Cell, ...] = ()
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,8 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     todo = work.todo(plan, whole=job.on_bad_tile == "fail")
     tiles = tuple(len(plan.regions[i].tiles) for i in todo)
     emit(Path(job.out), "slide-begin", {**what, "regions": len(plan.regions), "todo": len(todo), "tiles": sum(tiles)})
-    return Prepared(None, tuple(todo), tiles, tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo))
+    cells = tuple((*plan.block, *plan.cell(plan.regions[i])) for i in todo)
+    return Prepared(None, tuple(todo), tiles, cells, stored_bytes(spec, job.heatmap_dtype, plan.frame.shape, len(plan.tiles)))
 
 
 def finish_slide(job: Job) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
     slide = open_slide_of(job)
     work, plan = open_work(job)
     with under_way("read"):
-        hashes = whole_hashes(slide.path) if job.hash_input else None
+        hashes = _hashes(job, slide.path) if job.hash_input else None
     record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
@@ -218,7 +222,7 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
             middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
             tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
             return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
-        except SlideError:
+        except (SlideError, EnvironmentFault):
             continue  # it is named when its turn comes
     return 0.0
 
@@ -349,6 +353,13 @@ def open_work(job: Job, fields: Callable[[Job], dict[str, Any]] = key_fields_of)
     return work, plan
 
 
+def _hashes(job: Job, path: Path) -> dict[str, str]:
+    try:
+        return retried(lambda: whole_hashes(path))
+    except SlideError as error:
+        raise (share_fault(error, path, Path(job.root)) or error) from error.__cause__
+
+
 def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a finished result of this very key whose files are all there; None where there is none to keep."""
     folder = job.result_folder(spec.name)
@@ -412,12 +423,8 @@ def open_slide_of(job: Job) -> Slide:
                 cache_bytes=job.memory // CACHE_SHARE,
             )
     except SlideError as error:
-        root = Path(job.root)
-        if error.reason is Reason.MISSING and job.root != job.slide and not (root.exists() and any(root.iterdir())):
-            raise EnvironmentFault(
-                f"folder {root} of the slides is gone or empty; mount it, then run the same again"
-            ) from error
-        raise
+        fault = share_fault(error, path, Path(job.root))
+        raise (fault or error) from error.__cause__
     with _kept.lock:
         # Closed when the last region that uses it lets go, not here.
         _keep(_kept.slides, name, slide)

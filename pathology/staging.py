@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import os
 import shutil
@@ -26,9 +27,10 @@ from types import TracebackType
 from typing import Self
 
 from pathology.errors import EnvironmentFault, SlideError, UsageError
+from pathology.faults import retried
 from pathology.job import Job
 from pathology.readers.fingerprint import fingerprint_file
-from pathology.readers.inspect import inspect_file
+from pathology.readers.inspect import SlideFile, inspect_file
 
 PREFIX = ".pathology-stage-"  # hidden, so that no search for slides finds the copies
 CHUNK_BYTES = 8 * 2**20
@@ -82,12 +84,15 @@ class Stage:
     def begun(self, place: int) -> Copy | None:
         """How the staging of the slide ended, for its first job; None for others. Raises what the copy raised."""
         group = self._group[place]
-        return self._copies[group].result() if place == 0 or self._group[place - 1] != group else None
+        if place and self._group[place - 1] == group:
+            return None
+        return self._copies[group].result() if self._copies[group].done() else Copy()
 
     def folder(self, place: int) -> str | None:
         """The folder that holds the copy of the job's slide, as a worker is to be told; None where there is none."""
         group = self._group[place]
-        return str(self._place(group)) if self._copies[group].result().bytes else None
+        copied = self._copies[group].done() and self._copies[group].result().bytes
+        return str(self._place(group)) if copied else None
 
     def end(self, place: int) -> None:
         """The job at `place` has ended and no task of it runs; the last one of a slide takes its copy along."""
@@ -116,15 +121,14 @@ class Stage:
         return self._folder / f"{group:06d}"
 
     def _stage(self, number: int, needed: Callable[[Job], bool]) -> Copy:
-        job = self._jobs[min(self._open[number])]
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or number < self._ahead)
-        if self._closed or not any(needed(self._jobs[place]) for place in self._open[number]):
+            self._changed.wait_for(lambda: self._closed or number < self._ahead or not self._open[number])
+        waiting = sorted(self._open[number])
+        if self._closed or not any(needed(self._jobs[place]) for place in waiting):
             return Copy()
+        job = self._jobs[waiting[0]]
         try:
-            file = inspect_file(Path(job.slide))
-            sizes = {part: part.stat().st_size for part in file.parts}
-            before = fingerprint_file(file)
+            file, sizes, before = retried(lambda: _seen(Path(job.slide)))
         except (SlideError, OSError):
             return Copy()  # to be refused, with its reason, where it lies
         total = sum(sizes.values())
@@ -140,7 +144,7 @@ class Stage:
             for source, size in sizes.items():
                 target = part / source.relative_to(file.path.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._copy(source, target, size)
+                retried(functools.partial(self._copy, source, target, size))
             copied = inspect_file(part / file.path.name)
             if fingerprint_file(copied) != before or len(copied.parts) != len(sizes):
                 raise OSError(None, "the slide changed while it was copied")
@@ -242,6 +246,12 @@ def _remove(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(Path(at, name), 0)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _seen(path: Path) -> tuple[SlideFile, dict[Path, int], str]:
+    """A slide, the sizes of its files, and its fingerprint."""
+    file = inspect_file(path)
+    return file, {part: part.stat().st_size for part in file.parts}, fingerprint_file(file)
 
 
 def _words(error: Exception) -> str:

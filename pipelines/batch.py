@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,16 +21,20 @@ from tqdm import tqdm
 
 from pathology.clock import total
 from pathology.durable import make_folders, output_faults
-from pathology.errors import EnvironmentFault, PathologyError, SlideError, UsageError, one_line
+from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.export import can_export
+from pathology.job import Job
 from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
+from pathology.trials import needed
 from pathology.watch import Limits
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
+from pipelines.preflight import Found, Preflight
+from pipelines.room import MIN_FREE_BYTES, Room, size
 from pipelines.slides import SlideEntry
 from pipelines.summary import clear_failure, known_failures, write_failure, write_summary
 
@@ -49,6 +55,7 @@ class Conduct:
     allow_failures: int = 0
     log_format: Literal["text", "json"] = "text"
     lease_s: float = LEASE_S
+    min_free: int = MIN_FREE_BYTES
     limits: Limits = field(default_factory=Limits)
 
 
@@ -61,16 +68,22 @@ def exit_code(error: PathologyError) -> int:
     return SOME_FAILED if isinstance(error, SlideError) else USAGE
 
 
-def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, conduct: Conduct) -> int:
-    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on."""
+def run_batch(
+    slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, conduct: Conduct, seen: Found | None = None
+) -> int:
+    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on.
+
+    seen  what another run has just seen of the slides' headers
+    """
     from pathology.device import choose_device, device_count
     from pathology.models import load_spec
     from pathology.models.pool import pooled_spec
     from pathology.runner import run
 
     began = time.monotonic()
+    seen = {} if seen is None else seen
     if (finder := tissue_model(settings)) is not None:
-        _find_tissue(slides, finder, settings, conduct)
+        _find_tissue(slides, finder, settings, conduct, seen)
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
@@ -86,13 +99,15 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
     for job in jobs:
         job.stride_px(specs[job.model])
     out = settings.out
+    room = Room(out, conduct.min_free)
+    room.require()
     make_folders(out / ".work")
     with _stop_on_signals() as stop:
         ids = list(dict.fromkeys(job.slide_id for job in jobs))
         names = [specs[ref].name for ref in models]
         emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
         report = _Report(len(jobs), conduct.log_format)
-        failed, why = 0, ""
+        failed, why, fault = 0, "", ""
         try:
             known = known_failures(jobs, {ref: spec.name for ref, spec in specs.items()}, conduct.retry_failed)
             todo = []
@@ -104,19 +119,40 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                     failed += 1
                     _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
+            to_read = {job.slide_id for job in todo if needed(job)}
+            preflight = Preflight([slide for slide in slides if slide.slide_id in to_read], settings, seen)
+
+            def progress(step: Progress) -> None:
+                if step.event in ("planned", "region"):
+                    room.require(step.bytes)
+                report.progress(step)
+
+            @functools.cache
+            def looked_at() -> None:
+                preflight.wait(stop)
+                most = sum(preflight.most_bytes(job, specs[job.model]) for job in todo if needed(job))
+                report.preflight(preflight, most)
+                room.require(most)
+
+            def refused(job: Job) -> Outcome | None:
+                looked_at()
+                error = preflight.failure(job.slide_id)
+                return None if error is None else Outcome(job, "failed", reason=error.reason, message=str(error))
+
             outcomes = run(
                 todo,
                 conduct.scheduler,
                 devices=devices,
                 dashboard=conduct.dashboard,
-                progress=report.progress,
+                progress=progress,
                 stop=stop,
                 known=known,
                 lease_s=conduct.lease_s,
+                preflight=refused,
                 limits=conduct.limits,
             )
             # Closed before the table is made: by then no slide is this process's any more.
-            with closing(outcomes):
+            with closing(outcomes), preflight:
                 for outcome in outcomes if todo else ():
                     spec = specs[outcome.job.model]
                     _keep(outcome, spec.name, [kind for kind in conduct.exports if can_export(spec.output, kind)])
@@ -128,17 +164,18 @@ def run_batch(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
                         break
         except BaseException as error:
             why = one_line(error)
+            fault = str(error.fault) if isinstance(error, EnvironmentFault) else ""
             raise
         finally:
             with suppress(EnvironmentFault):  # told below, where it matters more than its event
-                emit(out, "run-end", {"failed": failed, "why": why})
+                emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
             report.close()
             write_summary(out)
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
 
-def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct) -> None:
+def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct, seen: Found) -> None:
     """Let `model` find the tissue of all slides that have no mask of their own, as a run of its own."""
     from pathology.areas import tissue_class
     from pathology.models import load_spec
@@ -148,7 +185,7 @@ def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, c
     looked_at = [slide for slide in slides if slide.mask is None]
     if looked_at:
         print(f"tissue by {spec.name}:", flush=True)
-        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()))
+        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()), seen)
 
 
 def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
@@ -181,6 +218,7 @@ class _Report:
     def __init__(self, jobs: int, log_format: Literal["text", "json"]) -> None:
         self._jobs = jobs
         self._ended = 0
+        self._reasons: Counter[str] = Counter()
         self._times: dict[object, list[dict[str, Any]]] = {}  # of what was computed in this run, by what was read for it
         self._json = log_format == "json"
         self._bar = tqdm(total=0, unit="tile", disable=None if not self._json else True, smoothing=0.05, file=sys.stderr)
@@ -196,6 +234,23 @@ class _Report:
             self._bar.refresh()
         else:
             self._bar.update(step.tiles)
+
+    def preflight(self, found: Preflight, most_bytes: int) -> None:
+        """A line for what the look at many slides has shown; none for few, of which each says so itself."""
+        if not found.many:
+            return
+        failures = found.failures()
+        if self._json:
+            facts = {"event": "preflight", "slides": found.slides, "looked_at": found.looked_at, "reasons": failures}
+            self.line(json.dumps({**facts, "most_bytes": most_bytes, "seconds": round(found.seconds, 3)}))
+            return
+        good = found.looked_at - sum(failures.values())
+        told = ", ".join([f"{good} can be read", *(f"{count} {reason}" for reason, count in failures.items())])
+        rest = f"; the other {left} when their turn comes" if (left := found.slides - found.looked_at) else ""
+        self.line(
+            f"preflight: {found.looked_at} slides in {found.seconds:.1f} s: {told}{rest}; "
+            f"results take {size(most_bytes)} at most"
+        )
 
     def _in_place(self, step: Progress) -> None:
         if self._json:
@@ -214,6 +269,8 @@ class _Report:
         self._ended += 1
         self._describe()
         job, record = outcome.job, outcome.record
+        if reason := (outcome.reason if record is None else record["reason"]):
+            self._reasons[reason] += 1
         if record is not None and not outcome.before and "time" in record:
             self._times.setdefault((job.slide_id, *pixels_of(spec)), []).append(record["time"])
         if self._json:
@@ -253,11 +310,19 @@ class _Report:
         stages = total(spent["stages"] for together in self._times.values() for spent in together)
         working_s = sum(max(spent["wall_s"] for spent in together) for together in self._times.values())
         if self._json:
-            facts = {"event": "end", "jobs": self._jobs, "failed": failed, "seconds": round(seconds, 3)}
+            facts = {
+                "event": "end",
+                "jobs": self._jobs,
+                "failed": failed,
+                "reasons": self._reasons,
+                "seconds": round(seconds, 3),
+            }
             print(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
             return
         done = self._ended - failed
         print(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
+        for reason, count in self._reasons.most_common():
+            print(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
         if line := bottleneck(stages, working_s, seconds * devices):
             print(line)
         print(NOTICE)

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from pathology.apart import DEADLINE_S, Apart
+from pathology.apart import Apart
 from pathology.batch_size import cpu_batch
 from pathology.cores import core_count
-from pathology.encoding import choose_encoding
+from pathology.encoding import stored_bytes
 from pathology.errors import PathologyError, SlideError, UsageError
 from pathology.job import Job, ReaderName
 from pathology.memory import model_peak, run_bound
@@ -27,10 +25,10 @@ from pathology.slide import SlideInfo
 from pathology.slide_worker import plan_slide
 from pathology.together import groups
 from pipelines.config import Settings, make_jobs, tissue_model
+from pipelines.headers import MOST_PROCESSES, headers, processes
+from pipelines.room import size
 from pipelines.slides import SlideEntry
 
-# More readers at once do not make storage faster.
-MOST_PROCESSES = 8
 # Tissue is found on pixels, which may lie on slow storage.
 PLAN_DEADLINE_S = 1800.0
 
@@ -72,13 +70,18 @@ class Verdict:
 
 def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings) -> Iterator[Verdict]:
     """A verdict for each slide and model; without a model, for each slide. Raises ModelError for a model that cannot run."""
+    if not models:
+        yield from _opened(slides, settings)
+        return
     if tissue_model(settings) is not None:
         settings = replace(settings, tissue="none")  # not known before the run: the most that it can come to
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
-    jobs = [[_with_batch_size(job, specs[job.model]) for job in _jobs(entry, models, settings)] for entry in slides]
+    jobs = [
+        [_with_batch_size(job, specs[job.model]) for job in make_jobs([entry], models, settings, "cpu")] for entry in slides
+    ]
     cards = [[specs[job.model] for job in of_slide] for of_slide in jobs]
     peak = 0
-    with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S if models else DEADLINE_S) as apart:
+    with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S) as apart:
         calls = ((repr(one[0].path.name), (*one, settings)) for one in zip(slides, jobs, cards, strict=True))
         answers = apart.results(_look, calls)
         for entry, of_slide, theirs, found in zip(slides, jobs, cards, answers, strict=True):
@@ -88,14 +91,21 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
             if isinstance(found, PathologyError):
                 raise found
             info, plans = found
-            if not models:
-                yield Verdict(entry, info)
-                continue
             planned = [[(plans[p], theirs[p], of_slide[p]) for p in places] for places in groups(of_slide, theirs)]
             peak = peak or model_peak([replace(j, threads=j.threads or core_count()) for j in of_slide], MODULES["device"])
             for job in of_slide:
                 together = next(group for group in planned if any(job is other for _, _, other in group))
                 yield _verdict(entry, info, job, together, peak)
+
+
+def _opened(slides: Sequence[SlideEntry], settings: Settings) -> Iterator[Verdict]:
+    with Apart(processes(len(slides))) as apart:
+        seen = headers(apart, slides, settings.slide_mpp, settings.force, settings.reader)
+        for entry, found in zip(slides, seen, strict=True):
+            if isinstance(found, SlideError):
+                yield Verdict(entry, reason=found.reason, message=str(found))
+            else:
+                yield Verdict(entry, found)
 
 
 def look(path: Path, slide_mpp: float | None, force: bool, reader: ReaderName) -> SlideInfo:
@@ -116,15 +126,11 @@ def _look(
     """What is known of a slide, and the plan of each job by its place among them."""
     mpp = entry.slide_mpp if entry.slide_mpp is not None else settings.slide_mpp
     plans: dict[int, Plan] = {}
-    with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader, headers_only=not jobs) as slide:
+    with open_slide(entry.path, mpp, force=settings.force, reader=settings.reader) as slide:
         for places in groups(jobs, specs):
             together = [specs[place] for place in places]
             plans |= {p: plan_slide(jobs[p], slide, specs[p], together)[1] for p in places}
         return slide.info, plans
-
-
-def _jobs(entry: SlideEntry, models: Sequence[str], settings: Settings) -> Sequence[Job]:
-    return make_jobs([entry], models, settings, "cpu") if models else []
 
 
 def _with_batch_size(job: Job, spec: ModelSpec) -> Job:
@@ -136,10 +142,7 @@ def _verdict(
     entry: SlideEntry, info: SlideInfo, job: Job, together: Sequence[tuple[Plan, ModelSpec, Job]], peak: int
 ) -> Verdict:
     plan, spec = next((plan, spec) for plan, spec, other in together if other is job)
-    height, width = plan.frame.shape
-    pyramid = 4 / 3 if max(height, width) > 256 else 1.0
-    dtype = np.dtype(choose_encoding(spec, job.heatmap_dtype).dtype)
-    stored = int(len(plan.tiles) * spec.features * 4 or height * width * len(spec.classes) * pyramid * dtype.itemsize)
+    stored = stored_bytes(spec, job.heatmap_dtype, plan.frame.shape, len(plan.tiles))
     memory = run_bound(together, peak, job.readers or core_count())
     others = tuple(other.name for _, other, _ in together if other is not spec)
     return Verdict(entry, info, spec, plan, stored, memory, others)
@@ -189,15 +192,6 @@ def facts(verdict: Verdict) -> dict[str, object]:
         "memory_bytes": verdict.memory_bytes,
         "read_with": verdict.read_with,
     }
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -39,13 +39,16 @@ def main(context: click.Context, debug: bool) -> None:
 
 
 class Bytes(click.ParamType[int]):
-    """A number of bytes for people: 512M, 2G, 1.5GiB."""
+    """A number of bytes for people: 512M, 2G, 1.5GiB; 0 only where that is something."""
 
     name = "size"
 
+    def __init__(self, or_none: bool = False) -> None:
+        self._or_none = or_none
+
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?\s*", str(value))
-        if match is None or not float(match[1]):
+        if match is None or not (float(match[1]) or self._or_none):
             self.fail(f"{value!r} is no number of bytes; write 512M or 2G", param, context)
         return int(float(match[1]) * 1024 ** " kMGT".index(match[2].replace("K", "k") or " "))
 
@@ -221,6 +224,14 @@ def job_options(command: Command) -> Command:
     help="Take over a slide from another process on this DIR when that showed no sign of life for so long.",
 )
 @click.option(
+    "--min-free",
+    metavar="SIZE",
+    type=Bytes(or_none=True),
+    default="100M",
+    show_default=True,
+    help="Refuse to start where results may leave less free at DIR, and stop when less is; 0: go on until the disk is full.",
+)
+@click.option(
     "--read-timeout",
     metavar="SECONDS",
     type=click.FloatRange(min=1),
@@ -263,6 +274,7 @@ def run(
     stage_size: float,
     shard: tuple[int, int] | None,
     lease_s: float,
+    min_free: int,
     read_timeout: float,
     region_timeout: float,
     memory_limit: int | None,
@@ -290,6 +302,7 @@ def run(
         allow_failures=allow_failures,
         log_format=log_format,
         lease_s=lease_s,
+        min_free=min_free,
         limits=Limits(read_timeout, region_timeout, memory_limit or 0),
     )
     settings = _settings(

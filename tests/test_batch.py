@@ -305,7 +305,7 @@ def test_a_vanished_share_is_the_machines_fault_and_fails_no_slide(slide: Path, 
     shutil.rmtree(share)
     from pathology.errors import EnvironmentFault
 
-    with pytest.raises(EnvironmentFault, match="gone or empty"):
+    with pytest.raises(EnvironmentFault, match="share of the slides is gone; mount it"):
         list(run_jobs([job], "sync"))
 
 

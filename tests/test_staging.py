@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from pathology import slide_worker, staging
+from pathology import faults, slide_worker, staging
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.events import read_events
 from pathology.finish import read_manifest
@@ -161,6 +161,31 @@ def test_a_full_disk_is_said_and_ends_nothing(folder: Path, tmp_path: Path, monk
     assert done.exit_code == 0, done.output
     assert "1000 that are free" in done.output
     assert manifests(tmp_path / "one") == manifests(tmp_path / "two") == manifests(tmp_path / "plain")
+
+
+@pytest.mark.fault("F27")
+def test_a_copy_that_fails_is_made_again_and_given_up_in_the_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "WAITS_S", (0.0, 0.0, 0.0))
+    copy, tried = Stage._copy, []
+
+    def fail(self: Stage, source: Path, target: Path, size: int) -> None:
+        tried.append(target)
+        if len(tried) < passes:
+            target.write_bytes(b"half")
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        copy(self, source, target, size)
+
+    passes = 3
+    with monkeypatch.context() as patch, open_stage([a_job(folder / "a.svs", tmp_path / "disk")]) as stage:
+        patch.setattr(Stage, "_copy", fail)
+        wait_for(stage, 0)
+        assert slide_path(told(stage, 0)).read_bytes() == (folder / "a.svs").read_bytes()
+    assert len(tried) == 3
+    passes = 100
+    assert "Stale file handle" in one_copy(a_job(folder / "a.svs", tmp_path / "disk"), fail).why
+    assert len(tried) == 3 + 4
 
 
 def test_a_slide_that_changes_under_the_copy_is_read_in_place(folder: Path, tmp_path: Path) -> None:

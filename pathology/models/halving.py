@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.device import free_cached
-from pathology.errors import EnvironmentFault, OutOfMemory, PathologyError, one_line
+from pathology.errors import EnvironmentFault, Fault, OutOfMemory, PathologyError, one_line
 from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.checks import check_scores
 from pathology.pulse import beat
@@ -62,7 +62,8 @@ class Sizes:
         if size == 1:
             raise EnvironmentFault(
                 f"model {self._spec.name}: no memory is left for even one tile ({one_line(error)}); "
-                "end what else runs there, or use another --device"
+                "end what else runs there, or use another --device",
+                Fault.NO_MEMORY,
             ) from error
         with self._lock:
             self._most = min(self._most or size, size // 2)

@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 
 from pathology.errors import Reason, SlideError
+from pathology.faults import retried
 from pathology.job import ReaderName
 from pathology.readers.fingerprint import fingerprint, fingerprint_file, whole_hashes
-from pathology.readers.inspect import Kind, SlideFile, inspect_file
+from pathology.readers.inspect import Kind, SlideFile, inspect_file, no_access
 from pathology.readers.mpp import choose_mpp
 from pathology.readers.opened import CACHE_BYTES, Opened
 from pathology.readers.tiff import too_large
@@ -40,9 +41,39 @@ def open_slide(
     cache_bytes  most bytes of decoded tiles that the direct reader keeps
     headers_only for a quick look at many: no fingerprint is taken ("") and no tile of a direct reader compared with OpenSlide's
 
-    Raises SlideError: MISSING, EMPTY, NOT_A_FILE, PERMISSION, NOT_A_SLIDE, TRUNCATED, UNSUPPORTED, NO_MPP, BAD_MPP, READ_ERROR.
+    What the disk or share may give at another try is tried again. Raises SlideError: MISSING, EMPTY, NOT_A_FILE, PERMISSION,
+    NOT_A_SLIDE, TRUNCATED, UNSUPPORTED, NO_MPP, BAD_MPP, READ_ERROR.
     """
-    file = inspect_file(Path(path))
+    place = Path(path)
+    try:
+        return retried(
+            lambda: _open_slide(
+                place,
+                slide_mpp,
+                force=force,
+                reader=reader,
+                fast_decode=fast_decode,
+                cache_bytes=cache_bytes,
+                headers_only=headers_only,
+            )
+        )
+    except SlideError:
+        raise
+    except OSError as error:  # of a library that reads by itself
+        raise no_access(repr(place.name), error) from error
+
+
+def _open_slide(
+    path: Path,
+    slide_mpp: float | None,
+    *,
+    force: bool,
+    reader: ReaderName,
+    fast_decode: bool,
+    cache_bytes: int,
+    headers_only: bool,
+) -> Slide:
+    file = inspect_file(path)
     opened, why = _open(file, reader, fast_decode, cache_bytes, compare=not headers_only)
     try:
         height, width = opened.level_shapes[0]

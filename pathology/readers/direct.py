@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pathology.clock import timed
 from pathology.errors import Reason, SlideError, UsageError, one_line
+from pathology.faults import read_fault, retried
 from pathology.geometry import Box
 from pathology.pulse import beat
 from pathology.readers import codecs
@@ -85,8 +86,26 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
+        self._path = path
         self._close = os.close  # `os` itself may be gone by the time the interpreter ends
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._stamp = self._stamp_of(self.descriptor)
+
+    def open_anew(self) -> None:
+        """Let the descriptor be one that its server knows. Raises OSError; SlideError(CHANGED) where the file is another."""
+        fresh = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if self._stamp_of(fresh) != self._stamp:
+                message = f"{self._path.name!r} was changed while it was read; run the same again"
+                raise SlideError(Reason.CHANGED, message)
+            os.dup2(fresh, self.descriptor, inheritable=False)  # for threads that read meanwhile it is one or the other
+        finally:
+            os.close(fresh)
+
+    @staticmethod
+    def _stamp_of(descriptor: int) -> tuple[int, int]:
+        state = os.fstat(descriptor)
+        return state.st_size, state.st_mtime_ns
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -102,6 +121,7 @@ class DirectReader:
     def __init__(
         self, path: Path, levels: tuple[TiledLevel, ...], cache_bytes: int, fast: bool = False, pread: Pread = os.pread
     ) -> None:
+        self._path = path
         self._name = repr(path.name)
         self._levels = levels
         self._fast = fast
@@ -258,10 +278,11 @@ class DirectReader:
         began = time.perf_counter()
         try:
             with timed("read"):
-                data = self._pread(file.descriptor, count, place)
+                data = retried(lambda: self._pread(file.descriptor, count, place), file.open_anew)
+        except SlideError:
+            raise
         except OSError as error:
-            message = f"{self._name} cannot be read: {error.strerror}; check the disk or share it lies on"
-            raise SlideError(Reason.READ_ERROR, message) from error
+            raise read_fault(self._name, self._path, error) from error
         beat()
         self._read_s += (time.perf_counter() - began - self._read_s) / READS_REMEMBERED
         if len(data) < count:

@@ -18,6 +18,7 @@ from openslide.lowlevel import OpenSlideError, OpenSlideUnsupportedFormatError
 from PIL import Image
 
 from pathology.errors import Reason, SlideError, UsageError
+from pathology.faults import probe, read_fault
 from pathology.geometry import Box
 from pathology.readers.inspect import Kind, SlideFile, refuse_channels
 from pathology.readers.mpp import PROPERTIES as MPP_PROPERTIES
@@ -68,16 +69,25 @@ class OpenSlideReader:
             try:
                 fresh = openslide.OpenSlide(self._path)
             except OpenSlideError as error:
+                self._raise_fault()
                 message = f"{self._path.name!r} can no longer be opened: {_words(error, self._path)}; check where it lies"
                 raise SlideError(Reason.READ_ERROR, message) from error
             try:
                 image = self._region(fresh, level, box)
             except OpenSlideError as error:
+                self._raise_fault()
                 message = f"{self._path.name!r}: level {level}, {box} cannot be decoded: {_words(error, self._path)}"
                 raise SlideError(Reason.CORRUPT_TILES, message) from error
             if self._handle is not None:
                 self._handle = fresh
             return image
+
+    def _raise_fault(self) -> None:
+        """Raise what the file system has to say of a file that OpenSlide could not read, if anything."""
+        try:
+            probe(self._path)
+        except OSError as error:
+            raise read_fault(repr(self._path.name), self._path, error) from error
 
 
 def open_with_openslide(file: SlideFile) -> Opened | None:

@@ -6,6 +6,7 @@ Positions are those of the file's own rows and columns; colour profiles and a ph
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import zlib
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from pathology.errors import Reason, SlideError, UsageError, one_line
+from pathology.faults import read_fault, retried
 from pathology.geometry import Box
 from pathology.readers.inspect import Kind, SlideFile, refuse_channels
 from pathology.readers.mpp import directory_claim
@@ -69,12 +71,15 @@ class PlainReader:
             if self._file is None:
                 raise UsageError("the slide is closed; open it again")
             if self._held is None:
-                with _picture(self._file) as image:
-                    if image.mode in ALPHA_MODES or "transparency" in image.info:
-                        self._held = over_white(image.convert("RGBA"))
-                    else:
-                        self._held = np.array(image.convert("RGB")), None
+                self._held = retried(functools.partial(_decoded, self._file))
             return self._held
+
+
+def _decoded(file: SlideFile) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    with _picture(file) as image:
+        if image.mode in ALPHA_MODES or "transparency" in image.info:
+            return over_white(image.convert("RGBA"))
+        return np.array(image.convert("RGB")), None
 
 
 def open_plain(file: SlideFile) -> Opened:
@@ -114,6 +119,8 @@ def _picture(file: SlideFile) -> Iterator[ImageFile.ImageFile]:
     except SlideError:
         raise
     except NOT_UNDERSTOOD as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's own have none
+            raise read_fault(file.name, file.path, error) from error
         if _ends_early(file):
             raise _cut_short(file) from error
         raise SlideError(Reason.READ_ERROR, f"{file.name} cannot be decoded: {one_line(error)}; write it anew") from error
