@@ -52,7 +52,7 @@ MODULES: dict[Kind, tuple[str, ...]] = {
         "numpy.ma",
     ),
 }
-# Loading makes objects by the hundred thousand and next to no garbage: to look for some meanwhile would take a tenth of the time.
+# Loading makes objects by the hundred thousand and hardly any garbage: to look for it meanwhile takes a tenth of the time.
 _START = "import gc, sys; gc.disable(); sys.path[:] = sys.argv[6:]; from pathology.process import serve; serve(*sys.argv[1:6])"
 # How often what they take is looked at.
 LOOK_S = 0.25

@@ -131,8 +131,7 @@ def run_batch(
             def looked_at() -> None:
                 preflight.wait(stop)
                 most = sum(preflight.most_bytes(job, specs[job.model]) for job in todo if needed(job))
-                report.preflight(preflight, most)
-                room.require(most)
+                report.preflight(preflight, most, room.shortage(most))
 
             def refused(job: Job) -> Outcome | None:
                 looked_at()
@@ -235,21 +234,21 @@ class _Report:
         else:
             self._bar.update(step.tiles)
 
-    def preflight(self, found: Preflight, most_bytes: int) -> None:
+    def preflight(self, found: Preflight, most_bytes: int, shortage: str) -> None:
         """A line for what the look at many slides has shown; none for few, of which each says so itself."""
         if not found.many:
             return
         failures = found.failures()
         if self._json:
             facts = {"event": "preflight", "slides": found.slides, "looked_at": found.looked_at, "reasons": failures}
-            self.line(json.dumps({**facts, "most_bytes": most_bytes, "seconds": round(found.seconds, 3)}))
+            self.line(json.dumps({**facts, "most_bytes": most_bytes, "fits": not shortage, "seconds": round(found.seconds, 3)}))
             return
         good = found.looked_at - sum(failures.values())
         told = ", ".join([f"{good} can be read", *(f"{count} {reason}" for reason, count in failures.items())])
         rest = f"; the other {left} when their turn comes" if (left := found.slides - found.looked_at) else ""
         self.line(
             f"preflight: {found.looked_at} slides in {found.seconds:.1f} s: {told}{rest}; "
-            f"results take {size(most_bytes)} at most"
+            f"results take {size(most_bytes)} at most{shortage}"
         )
 
     def _in_place(self, step: Progress) -> None:

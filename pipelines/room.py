@@ -1,4 +1,4 @@
-"""Room for results. Promise: a run that will not fit is refused before it works; one that turns out not to stops in time."""
+"""Room for results. Promise: a slide whose result may not fit is not begun, and a run stops before the disk is full."""
 
 from __future__ import annotations
 
@@ -29,9 +29,20 @@ class Room:
             message = f"{size(free)} are free at {self._out}, and {keep}: make room, then run the same again"
             raise EnvironmentFault(message, Fault.DISK_FULL)
         raise EnvironmentFault(
-            f"results may take {size(needed)} at {self._out}, of which {size(free)} are free, and {keep}: make room, choose "
-            "another --out, fewer slides or a coarser --heatmap-mpp, or let it run until the disk is full with --min-free 0",
+            f"the next result may take {size(needed)} at {self._out}, of which {size(free)} are free, and {keep}: make room, "
+            "choose another --out or a coarser --heatmap-mpp, or let it run until the disk is full with --min-free 0",
             Fault.DISK_FULL,
+        )
+
+    def shortage(self, most: int) -> str:
+        """What to know where all results, `most` bytes at the very most, may not fit; "" where they do.
+
+        Glass and compression make results a fraction of that: no reason to refuse a run, but one to look.
+        """
+        if not self._min_free or (free := free_bytes(self._out)) >= most + self._min_free:
+            return ""
+        return (
+            f", and {size(free)} are free: should less than {size(self._min_free)} be left, the run stops, to be gone on with"
         )
 
 

@@ -32,6 +32,8 @@ from pipelines.summary import FAILED
 MODEL = "pathology.testing:mean_colour?tile_px=64&mpp=0.5"
 DENSE = "pathology.testing:identity?tile_px=64&mpp=0.5"
 GIB = 2**30
+# Of a slide of 300 x 400 px with that model, four bytes a value and a pyramid on top.
+RESULT_BYTES = int(300 * 400 * 3 * 4 * 4 / 3)
 
 
 def command(*arguments: object, model: str = MODEL) -> Result:
@@ -116,6 +118,7 @@ def test_a_preflight_in_json(folder: Path, tmp_path: Path) -> None:
         "looked_at": 5,
         "reasons": {"empty_file": 1, "truncated": 1, "no_mpp": 1},
         "most_bytes": 2 * 5 * 7 * 3 * 4,
+        "fits": True,
     }
 
 
@@ -256,27 +259,37 @@ def test_with_less_free_than_is_to_be_left_nothing_begins(folder: Path, tmp_path
 
 
 @pytest.mark.fault("F09")
-@pytest.mark.parametrize("names", [["a.svs"], ["a.svs", "c.svs", "f.svs"]])
-def test_results_that_may_not_fit_are_refused_before_a_region_is_begun(
-    names: list[str], folder: Path, tmp_path: Path, disk: list[int]
-) -> None:
-    write_tiff(folder / "f.svs", [smooth_pixels(300, 400)])
-    slides, out = [folder / name for name in names], tmp_path / "out"
-    most = len(slides) * int(300 * 400 * 3 * 4 * 4 / 3)
-    disk[:] = [2**20 + most - 1]
+def test_a_result_that_may_not_fit_is_not_begun(folder: Path, tmp_path: Path, disk: list[int]) -> None:
+    slides, out = [folder / "a.svs", folder / "c.svs"], tmp_path / "out"
+    disk[:] = [2**20 + RESULT_BYTES - 1]
     done = command(*slides, "--out", out, "--min-free", "1M", model=DENSE)
     assert done.exit_code == 3, done.output
     (line,) = [line for line in done.output.splitlines() if line.startswith("pathology: ")]
-    assert f"results may take {room.size(most)} at {out}" in line
+    assert f"the next result may take {room.size(RESULT_BYTES)} at {out}" in line
     assert f"{room.size(disk[0])} are free, and --min-free keeps 1.05 MB: make room" in line
     assert started(out) == 0
     assert not list(out.rglob(FAILED))
-    disk[:] = [2**20 + most]
+    disk[:] = [2**20 + RESULT_BYTES]
     assert command(*slides, "--out", out, "--min-free", "1M", model=DENSE).exit_code == 0
     disk[:] = [2**20]
     done = command(*slides, "--out", out, "--min-free", "1M", model=DENSE)
     assert done.exit_code == 0, done.output  # what is there already takes no more
     assert done.output.count("done before") == len(slides)
+
+
+@pytest.mark.parametrize("missing", [1, 0])
+def test_results_that_may_not_fit_together_are_said_so_and_begun(
+    missing: int, folder: Path, tmp_path: Path, disk: list[int]
+) -> None:
+    write_tiff(folder / "f.svs", [smooth_pixels(300, 400)])
+    disk[:] = [2**20 + 3 * RESULT_BYTES - missing]
+    slides = [folder / name for name in ("a.svs", "c.svs", "f.svs")]
+    done = command(*slides, "--out", tmp_path / "out", "--min-free", "1M", model=DENSE)
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("preflight: ")]
+    assert f"results take {room.size(3 * RESULT_BYTES)} at most" in line
+    told = line.endswith(f"{room.size(disk[0])} are free: should less than 1.05 MB be left, the run stops, to be gone on with")
+    assert told == bool(missing)
 
 
 @pytest.mark.fault("F09")
@@ -305,7 +318,7 @@ def test_a_disk_that_fills_up_stops_the_run_before_it_is_full(folder: Path, tmp_
 def test_room_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path)
     Room(tmp_path / "not" / "there", 1).require(free.f_bavail * free.f_frsize // 2)
-    with pytest.raises(EnvironmentFault, match="results may take"):
+    with pytest.raises(EnvironmentFault, match="the next result may take"):
         Room(tmp_path / "not" / "there", 1).require(free.f_bavail * free.f_frsize * 2)
 
 
