@@ -34,7 +34,7 @@ LOOK = "look"
 # Tasks in the window that begin or end slides, beside twice the regions that run.
 BESIDE = 2
 # After a stop, this long for tasks that run to end by themselves.
-DRAIN_S = 8.0
+DRAIN_S = 7.0
 
 # On the tasks' queue: no task has ended, but something else has changed.
 _WAKE = object()

@@ -10,6 +10,7 @@ import queue
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -126,9 +127,10 @@ class OnDask:
         # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
         for pair in self._pairs:
             pair.close()
-        self._client.close(timeout=2)
-        if self._cluster is not None:
-            self._cluster.close(timeout=5)
+        with suppress(TimeoutError):
+            self._client.close(timeout=1)
+            if self._cluster is not None:
+                self._cluster.close(timeout=1)  # in vain where one of its threads is in a task
 
 
 def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -> Tasks:

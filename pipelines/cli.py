@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors, printable
 from pipelines.recipes import known_recipes, recipe_option
 from pipelines.result_commands import status, verify
+from pipelines.stopping import stop_on_signals
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
@@ -248,6 +250,7 @@ def run(
 
     Any number of processes, on any hosts, may work on one --out at the same time: each slide is done once.
     """
+    stop = click.get_current_context().with_resource(stop_on_signals())
     if scheduler == "processes":
         from pathology.process import prestart
 
@@ -281,7 +284,7 @@ def run(
         from pipelines.slides import share
 
         entries = share(entries, *shard)
-    sys.exit(run_batch(entries, models, settings, conduct))
+    sys.exit(run_batch(entries, models, settings, conduct, stop))
 
 
 @main.command(epilog=EXIT_CODES)
@@ -436,6 +439,9 @@ def console() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    except BaseException:
+        code = 1
+        traceback.print_exc()  # a bug; threads may still be in calls that nothing ends
     with suppress(BrokenPipeError):  # whoever read the output may be gone
         if isinstance(code, str):
             click.echo(code, err=True)

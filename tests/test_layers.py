@@ -117,6 +117,7 @@ ORDER = [
     "pathology.runner",
     "pathology",
     "pipelines",
+    "pipelines.stopping",
     "pipelines.slides",
     "pipelines.config",
     "pipelines.summary",
