@@ -182,7 +182,8 @@ def job_options(command: Command) -> Command:
     "--scheduler",
     default="processes",
     show_default=True,
-    help="sync, threads, processes (two for each device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
+    help="sync, threads, processes (two for each device), or a Dask scheduler that runs: tls://HOST:PORT with certificates of "
+    "Dask's configuration, or tcp://127.0.0.1:PORT.",
 )
 @click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
 @click.option("--export", "exports", multiple=True, type=click.Choice(KINDS), help="Write these as well.")
