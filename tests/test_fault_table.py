@@ -60,3 +60,19 @@ def test_the_table_names_rows_tests_and_results(pytester: pytest.Pytester, proce
         "| F02 | failed and passed | `test_bad`, `test_good` |",
         "| F03 | skipped | `test_skipped` |",
     ]
+    pytester.makepyfile(
+        test_later="""
+        import pytest
+
+        @pytest.mark.fault("F01", "F04")
+        @pytest.mark.parametrize("n", ["a, b"])
+        def test_slow(n): pass
+        """
+    )
+    pytester.runpytest_subprocess("-n", processes, "--fault-table", "table.md", "test_later.py")
+    assert (pytester.path / "table.md").read_text().splitlines()[2:] == [
+        "| F01 | passed | `test_good`, `test_slow[a, b]` |",
+        "| F02 | failed and passed | `test_bad`, `test_good` |",
+        "| F03 | skipped | `test_skipped` |",
+        "| F04 | passed | `test_slow[a, b]` |",
+    ]
