@@ -241,7 +241,15 @@ def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
     import dask
 
     # Its workers' threads only wait: a look at their stacks a hundred times a second, and a tick fifty times, are for nothing.
-    dask.config.set({"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"})
+    # So is the history of what they did, which is 10 MB of the driver's memory.
+    dask.config.set(
+        {
+            "distributed.worker.profile.enabled": False,
+            "distributed.admin.tick.interval": "1s",
+            "distributed.admin.low-level-log-length": 10,
+            "distributed.diagnostics.computations.max-history": 1,
+        }
+    )
     from distributed import Client, Scheduler, SpecCluster, Worker
 
     # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that
