@@ -182,6 +182,7 @@ def _record(
     stains: Stains | None,
 ) -> dict[str, Any]:
     counts = [work.marker(r.index)["counts"] for r in plan.regions]
+    spent = time_spent(counts)
     return {
         "schema": SCHEMAS[RESULT],
         "research_use_only": True,
@@ -206,8 +207,8 @@ def _record(
         "tissue_mm2": plan.tissue_mm2,
         "output": spec.output,
         **written,
-        "seconds": round(sum(c["seconds"] for c in counts), 3),
-        "time": _time(counts),
+        "seconds": round(spent["wall_s"], 3),
+        "time": spent,
         "environments": environments,
         "batch_size": job.batch_size,
         "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
@@ -230,7 +231,7 @@ def _stain_message(plan: Plan, stains: Stains | None) -> str:
     return f"a reference slide's stains were used, for want of its own: {stains.reference}"
 
 
-def _time(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def time_spent(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where the time went: seconds by stage over all threads, and how much of the time the devices computed.
 
     wall_s     while regions of this slide were worked on, summed over the processes that did

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pathology.batches import read_tiles
 from pathology.clock import STAGES, Clock, counting, covered, current, timed, total
+from pathology.finish import time_spent
 from pathology.infer import infer_region
 from pathology.job import Job
 from pathology.predictor import Predictor
@@ -100,11 +101,22 @@ def test_the_record_tells_where_the_time_went(tmp_path: Path) -> None:
     assert set(spent["stages"]) == set(STAGES)
     # Nothing is left to decode: so small a slide was read when its tissue was found.
     assert {stage for stage, seconds in spent["stages"].items() if not seconds} == {"read", "decode"}
+    assert outcome.record["seconds"] == round(spent["wall_s"], 3)
     assert spent["wall_s"] >= max(spent["stages"].values())
     assert spent["waiting_s"] == pytest.approx(spent["wall_s"] - spent["stages"]["model"], abs=1e-5)
     assert 0 < spent["device_busy"] < 1
     manifest = (out / "slides" / "s" / "identity" / "manifest.json").read_text()
     assert "stages" not in json.loads(manifest)["fields"]
+
+
+def test_regions_side_by_side_take_their_time_together_once() -> None:
+    def counts(process: int, began: float, seconds: float) -> dict[str, object]:
+        return {"process": process, "began": began, "seconds": seconds, "stages": {"model": 1.0}}
+
+    # Two that overlap in one process, one after a pause, and one in another process at the same time.
+    spent = time_spent([counts(1, 0.0, 4.0), counts(1, 2.0, 4.0), counts(1, 10.0, 1.0), counts(2, 0.0, 3.0)])
+    assert spent["wall_s"] == 6 + 1 + 3
+    assert spent["waiting_s"] == 10 - 4
 
 
 @pytest.mark.parametrize("stage", STAGES)
