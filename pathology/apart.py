@@ -131,9 +131,9 @@ class _Process:
         self._process.kill()
         self._process.wait()
 
-    def _end(self) -> str:
+    def _end(self) -> WorkerDied:
         code = self._process.wait()
-        return f"code {code}" if code >= 0 else signal.Signals(-code).name
+        return WorkerDied(f"code {code}" if code >= 0 else signal.Signals(-code).name)
 
 
 def serve(socket: str) -> None:

@@ -21,6 +21,7 @@ from pathology.calls import Calls, neighbour
 from pathology.clock import Clock
 from pathology.job import Job
 from pathology.model import ModelSpec
+from pathology.pulse import beat
 
 
 def asker() -> Calls | None:
@@ -83,6 +84,7 @@ class _BesideChunk:
     def tiles(self) -> Iterator[Pixels | None]:
         try:
             chunk = self.read.result()
+            beat()
             self.source.slow = chunk.slow
             self.source.clock.merge(chunk.seconds)
             block = self.source.memory.array(self.place, math.prod(self.shape)).reshape(self.shape)

@@ -9,12 +9,14 @@ import itertools
 import mmap
 import os
 import pickle
+import socket
 import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar, cast
 
@@ -26,8 +28,32 @@ from pathology.errors import PathologyError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Death(Enum):
+    """What ended a worker, which decides what becomes of its tasks."""
+
+    CRASH = auto()  # by itself: native code, or an exit
+    KILL = auto()  # a signal from outside
+    MEMORY = auto()  # it took too much
+    READ = auto()  # a read of a slide hung
+    WRITE = auto()  # a write to the output hung
+    STILL = auto()  # nothing came on
+    DEVICE = auto()  # its device refuses all further work
+
+
 class WorkerDied(PathologyError):
-    """The process ended while it worked on the call."""
+    """The process ended while it worked on the call, or had to be ended. The arguments are (message, death), for pickling."""
+
+    def __init__(self, message: str, death: Death = Death.CRASH) -> None:
+        super().__init__(message, death)
+        self.message = message
+        self.death = death
+
+    def __str__(self) -> str:
+        return self.message
+
+    def again(self) -> WorkerDied:
+        """The same for another caller: each raises its own."""
+        return WorkerDied(self.message, self.death)
 
 
 class Calls:
@@ -36,20 +62,32 @@ class Calls:
     ended  called once the other side is gone, before callers are told; gives what they are told
     """
 
-    def __init__(self, connection: Connection, ended: Callable[[], str] = lambda: "the other process ended") -> None:
+    def __init__(
+        self, connection: Connection, ended: Callable[[], WorkerDied] = lambda: WorkerDied("the other process ended")
+    ) -> None:
         self._connection = connection
         self._ended = ended
         self._numbers = itertools.count()
         self._asked: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()  # of the calls; another for the socket, since an answer must not wait for a question
         self._sending = threading.Lock()
-        self._why = ""
+        self._why: WorkerDied | None = None
         threading.Thread(target=self._receive, name="answers", daemon=True).start()
 
     @property
     def gone(self) -> bool:
         """Whether the other side has ended."""
-        return bool(self._why)
+        return self._why is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any call is not yet answered."""
+        return bool(self._asked)
+
+    def cut(self) -> None:
+        """Take the other side for gone, whether it is or cannot be ended: callers are told now."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """What `function(*arguments)` returns or raises there, some time; WorkerDied where that side ends before it has."""
@@ -61,8 +99,8 @@ class Calls:
         with suppress(OSError), self._sending:  # it may have ended just now, which `_receive` tells
             self._connection.send_bytes(question)
         with self._lock:
-            if self._why and self._asked.pop(number, None) is not None:
-                answer.set_exception(WorkerDied(self._why))
+            if self._why is not None and self._asked.pop(number, None) is not None:
+                answer.set_exception(self._why.again())
         return answer
 
     def _receive(self) -> None:
@@ -81,7 +119,7 @@ class Calls:
             unanswered = list(self._asked.values())
             self._asked.clear()
         for answer in unanswered:
-            answer.set_exception(WorkerDied(why))
+            answer.set_exception(why.again())
 
 
 def answer_calls(connection: Connection, threads: Executor) -> None:

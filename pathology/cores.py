@@ -35,7 +35,7 @@ def memory_limit_bytes(system: Path = Path("/")) -> int:
     File cache that the kernel can drop at once counts as free.
     """
     free = parse_available(_read(system / "proc/meminfo"))
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if free is None else free]
+    limits = [_physical_bytes() if free is None else free]
     for folder in _cgroup_folders(system, "memory"):
         for limit_name, usage_name, cache_name in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -46,6 +46,17 @@ def memory_limit_bytes(system: Path = Path("/")) -> int:
                 cache = parse_stat(_read(folder / "memory.stat"), cache_name)
                 limits.append(limit - max(0, usage - cache))
     return max(0, min(limits))
+
+
+def memory_bytes(system: Path = Path("/")) -> int:
+    """Bytes of memory of the machine, or of the smallest cgroup around this process, whoever has taken how much of it."""
+    folders = _cgroup_folders(system, "memory")
+    limits = [parse_bytes(_read(folder / name)) for folder in folders for name in ("memory.max", "memory.limit_in_bytes")]
+    return min(limit for limit in (_physical_bytes(), *limits) if limit is not None)
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def parse_cpu_max(text: str) -> float | None:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 # Besides torch, what it computes with and networks are made by, these decode and resize pixels: others may give other bits.
 LIBRARIES = ("torch", "numpy", "pillow", "imagecodecs", "tifffile", "openslide-python", "openslide-bin", "timm")
 
+# How torch and CUDA's libraries say that a device failed, without a type for it.
+DEVICE_FAILED = re.compile(
+    r"(CUDA|HIP) (driver )?error|device-side assert|illegal memory access|unspecified launch failure"
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+    r"|no (CUDA|HIP)-capable device|No (CUDA|HIP) GPUs are available|uncorrectable ECC|GPU is lost"
+)
+
 _threads = 0  # of torch; 0: nobody has said
 
 
@@ -209,6 +216,22 @@ def free_cached() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def poisoned(error: BaseException) -> bool:
+    """Whether `error`, or what it came of, says that a device failed under a computation, and not for want of memory.
+
+    After most of these CUDA refuses all that the process still asks of it; which, torch does not tell.
+    """
+    import torch
+
+    named: BaseException | None = error
+    while named is not None:
+        lost = isinstance(named, torch.AcceleratorError) or DEVICE_FAILED.search(str(named))
+        if lost and not isinstance(named, torch.OutOfMemoryError) and "out of memory" not in str(named):
+            return True
+        named = named.__cause__
+    return False
 
 
 def environment(device: str = "cpu") -> dict[str, str | int]:

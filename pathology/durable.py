@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pathology.alive import known_dead, mark
 from pathology.errors import EnvironmentFault
+from pathology.pulse import under_way
 
 # Errors of a disk or share, not of a slide.
 DISK_ERRORS = {
@@ -51,7 +52,7 @@ def write_once(path: Path, data: bytes) -> bytes:
     """Write `data` to `path` unless another did before, maybe at this very moment; what stands there, for all alike."""
     temporary = _temporary(path, path.parent)
     write_file(temporary, data)
-    with output_faults(path):
+    with _writing(path):
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -67,12 +68,12 @@ def write_once(path: Path, data: bytes) -> bytes:
 def new_file(path: Path, beside: Path | None = None) -> Iterator[Callable[[bytes], None]]:
     """Replace `path` by all that is written inside: gives a function that appends. Where the inside raises, nothing changes."""
     temporary = _temporary(path, beside or path.parent)
-    with output_faults(path):
+    with _writing(path):
         file = temporary.open("wb", buffering=0)
 
     def write(data: bytes) -> None:
         left = memoryview(data)
-        with output_faults(path):
+        with _writing(path):
             while left:
                 left = left[file.write(left) :]
 
@@ -80,23 +81,19 @@ def new_file(path: Path, beside: Path | None = None) -> Iterator[Callable[[bytes
         # Only what is done to this file is under `output_faults`: what raises between writes may be a slide's fault.
         with file:
             yield write
-            with output_faults(path):
+            with _writing(path):
                 os.fsync(file.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with output_faults(path):
+    with _writing(path):
         temporary.replace(path)
         sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Make names created, renamed or removed in `folder` last."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def sync_tree(folder: Path) -> None:
@@ -105,12 +102,17 @@ def sync_tree(folder: Path) -> None:
         if entry.is_dir(follow_symlinks=False):
             sync_tree(Path(entry.path))
         else:
-            fd = os.open(entry.path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync(Path(entry.path), os.O_RDONLY)
     sync_folder(folder)
+
+
+def _sync(path: Path, flags: int) -> None:
+    with under_way("write"):
+        fd = os.open(path, flags)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def sweep_temporaries(folder: Path) -> None:
@@ -133,9 +135,16 @@ def make_folders(folder: Path, within: Path | None = None) -> None:
     if folder == within:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     make_folders(folder.parent, within)
-    with output_faults(folder):
+    with _writing(folder):
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A single operation on the output, under `output_faults`; whoever holds this process sees how long it takes."""
+    with output_faults(path), under_way("write"):
+        yield
 
 
 @contextmanager

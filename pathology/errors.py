@@ -24,7 +24,9 @@ class Reason(StrEnum):
     MODEL_ERROR = "model_error"  # the model raised on this slide's tiles
     CHANGED = "changed"  # the slide, or its finished result, is not what it was when the result was made
     CRASHED = "crashed"  # the worker process died on this slide, twice
-    TIMEOUT = "timeout"  # a call that reads the file did not come back in time
+    TIMEOUT = "timeout"  # a call that reads the file did not come back in time, or nothing else came on
+    OUT_OF_MEMORY = "out_of_memory"  # the worker took more memory than there is for it, twice
+    DEVICE_ERROR = "device_error"  # the device failed on this slide's tiles, twice, and on no others
     INTERNAL = "internal"  # a bug in this program
 
 

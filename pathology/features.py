@@ -18,6 +18,7 @@ from zarr.storage import LocalStore
 
 from pathology.durable import output_faults
 from pathology.errors import UsageError, one_line
+from pathology.pulse import beat
 from pathology.records import check_fields, read_object
 from pathology.store import ATTRIBUTES, HeatmapMeta, codecs, open_array
 
@@ -73,6 +74,7 @@ def write_features(path: Path, meta: HeatmapMeta, origins: NDArray[np.float64], 
             places[...] = origins
         at, waiting = 0, np.empty((0, length), np.float32)
         for block in vectors:
+            beat()
             waiting = np.concatenate([waiting, block])
             whole = len(waiting) // rows * rows
             if whole:

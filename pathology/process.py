@@ -13,13 +13,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
-from pathology.calls import Calls, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
+from pathology.calls import Calls, Death, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
+from pathology.pulse import show_in
+from pathology.watch import Limits, Pulses, death_by, killed_for_memory, overweight
 
 # What a worker begins with. Torch alone has threads of its own, by `set_threads`. Freed memory of tiles, and of what networks
 # answer layer by layer, is kept: given back to the kernel each time, as glibc would have it, it comes back as pages to be
@@ -46,44 +51,65 @@ MODULES: dict[Kind, tuple[str, ...]] = {
         "numpy.ma",
     ),
 }
-_START = "import sys; sys.path[:] = sys.argv[5:]; from pathology.process import serve; serve(*sys.argv[1:5])"
+_START = "import sys; sys.path[:] = sys.argv[6:]; from pathology.process import serve; serve(*sys.argv[1:6])"
+# How often what they take is looked at.
+LOOK_S = 0.25
+# One that was killed ends at once, unless it is in the middle of a call to a file system that does not answer: then it is left.
+END_S = 2.0
+# When memory runs out the system ends the process with the highest number: one of these, not the command that started them.
+OOM_SCORE = "500"
 
 
 class WorkerPair:
     """The processes of one device. When one ends the other is ended too, and the next call finds two new ones.
 
     environment  variables set there beside ENVIRONMENT, before a device is touched
+    limits       both are ended when they take more
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, limits: Limits | None = None) -> None:
         self._environment = dict(environment or {})
+        self._limits = limits or Limits()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         self._started = _prestarted.pop() if _prestarted else _Started()
         self._started.greet(self._environment)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def call(self, kind: Kind, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function(*arguments)` returns or raises in that process. Raises WorkerDied where it ends before it has."""
+        """What `function(*arguments)` returns or raises in that process. Raises WorkerDied where it ends before it has, or is
+        ended: all calls that are under way then are told the same."""
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise WorkerDied("the worker processes were closed")
             if self._started.gone:
-                self._started.kill()  # one of the two may still live
+                self._started.kill(self._started.why())  # one of the two may still live
                 self._started = _Started()
                 self._started.greet(self._environment)
             started = self._started
             asked = started.ask(kind, function, *arguments)
         try:
             return asked.result()
-        except WorkerDied:  # of the one that was asked, or of its neighbour as it tells
-            started.kill()
-            raise
+        except WorkerDied as told:  # of the one that was asked, or of its neighbour as it tells
+            why = started.why(told)
+            started.kill(why)
+            raise why.again() from told
 
     def close(self) -> None:
         """Kill both: what they still do is abandoned, and its callers get WorkerDied."""
         with self._lock:
-            self._closed = True
-            self._started.kill()
+            self._closed.set()
+            self._started.kill(WorkerDied("the worker processes were closed", Death.KILL))
+
+    def _watch(self) -> None:
+        """End the processes when they take more than they may, until they are closed."""
+        last = time.monotonic()
+        while not self._closed.wait(LOOK_S):
+            # Of a time in which this process itself stood still nothing counts.
+            last, passed = (now := time.monotonic()), min(now - last, 2 * LOOK_S)
+            started = self._started
+            if not started.gone and (why := started.too_much(passed, self._limits)) is not None:
+                started.kill(why)
 
 
 class _Started:
@@ -92,11 +118,15 @@ class _Started:
     def __init__(self) -> None:
         memory, ends = shared_file(), Pipe()
         self._killed = False
+        self._why: WorkerDied | None = None
+        self._telling = threading.Lock()
+        self._pulses = Pulses(len(MODULES))
+        self._killed_before = killed_for_memory()
         self._processes: dict[Kind, subprocess.Popen[bytes]] = {}
         self._calls: dict[Kind, Calls] = {}
         for kind, link in zip(MODULES, ends, strict=True):
             ours, theirs = Pipe()
-            handed = [theirs.fileno(), link.fileno(), memory]
+            handed = [theirs.fileno(), link.fileno(), memory, self._pulses.descriptor]
             self._processes[kind] = subprocess.Popen(
                 [sys.executable, "-c", _START, kind, *map(str, handed), *sys.path],
                 stdin=subprocess.DEVNULL,
@@ -104,10 +134,11 @@ class _Started:
                 env={**os.environ, **ENVIRONMENT},
             )
             theirs.close()
-            self._calls[kind] = Calls(ours, functools.partial(_end_of, kind, self._processes[kind]))
+            self._calls[kind] = Calls(ours, functools.partial(self._end_of, kind))
         for end in ends:
             end.close()
         os.close(memory)
+        os.close(self._pulses.descriptor)
 
     @property
     def gone(self) -> bool:
@@ -120,16 +151,48 @@ class _Started:
     def ask(self, kind: Kind, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self._calls[kind].ask(function, *arguments)
 
-    def kill(self) -> None:
+    def kill(self, why: WorkerDied) -> None:
+        """End both; unless something has been told before, callers are told why."""
+        with self._telling:
+            self._why = self._why or why
         self._killed = True
         for process in self._processes.values():
             process.kill()
-        for process in self._processes.values():
-            process.wait()
+        until = time.monotonic() + END_S
+        for process, calls in zip(self._processes.values(), self._calls.values(), strict=True):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            calls.cut()
 
+    def too_much(self, passed: float, limits: Limits) -> WorkerDied | None:
+        """Which of its limits they have passed, None for none; to be asked every `passed` seconds."""
+        busy = any(calls.busy for calls in self._calls.values())
+        overdue = self._pulses.overdue(passed, busy, limits)
+        return overdue or overweight((process.pid for process in self._processes.values()), limits)
 
-def _end_of(kind: Kind, process: subprocess.Popen[bytes]) -> str:
-    return f"the worker process for {'a device' if kind == 'device' else 'slides'} ended with code {process.wait()}"
+    def why(self, told: WorkerDied | None = None) -> WorkerDied:
+        """What ended them: the same for all who ask. `told`: what one of them says, which knows no more than that."""
+        with self._telling:
+            if self._why is None and told is not None and told.death is Death.DEVICE:
+                self._why = told
+            self._why = self._why or self._own_end() or told or WorkerDied("the worker processes ended")
+            return self._why
+
+    def _own_end(self) -> WorkerDied | None:
+        """How the first of them that has ended did so. Its sockets close a moment before it has."""
+        until = time.monotonic() + END_S
+        while time.monotonic() < until:
+            for kind, process in self._processes.items():
+                if (code := process.poll()) is not None:
+                    what = f"the worker process for {'a device' if kind == 'device' else 'slides'}"
+                    return death_by(what, code, self._killed_before)
+            time.sleep(0.01)
+        return None
+
+    def _end_of(self, kind: Kind) -> WorkerDied:
+        with suppress(subprocess.TimeoutExpired):
+            self._processes[kind].wait(END_S)
+        return self.why()
 
 
 def _set_variables(variables: Mapping[str, str]) -> None:
@@ -144,12 +207,16 @@ def prestart() -> None:
     _prestarted.append(_Started())
 
 
-def serve(kind: Kind, socket: str, link: str, memory: str) -> None:
+def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
     """Work on the calls that come over `socket`, until its other end is closed or its holder is dead.
 
     link    to the neighbour: the one for slides answers on it what the one for a device asks
     memory  descriptor of what both share
+    pulse   descriptor of where the holder sees what they are at
     """
+    show_in(int(pulse), list(MODULES).index(kind))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the caller decides when to stop, and takes this process along
     first, *others = MODULES[kind]

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology import slide_worker, worker
+from pathology.calls import Death
+from pathology.deaths import Deaths, death_of, fatal, how
 from pathology.errors import EnvironmentFault, ModelError, PathologyError, Reason, SlideError, UsageError, first_line
 from pathology.events import emit
 from pathology.job import Job
@@ -26,6 +28,7 @@ from pathology.schedule import Done, Tasks, open_tasks, outside
 from pathology.staging import Stage, open_stage
 from pathology.trials import needed, try_models
 from pathology.turns import Turns
+from pathology.watch import Limits
 
 # Slides whose plan is made ahead of their regions' turn.
 SLIDES_AHEAD = 2
@@ -107,10 +110,15 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """parts: (place of the job in the run, region); several where slides are begun, or regions read, for several models."""
+    """parts: (place of the job in the run, region); several where slides are begun, or regions read, for several models.
+
+    alone   its worker died, so it runs while nothing else does
+    deaths  how often it died in a way that may be the slide's doing
+    """
 
     kind: Literal["prepare", "region", "finish"]
     parts: tuple[tuple[int, int], ...]
+    alone: bool = False
     deaths: int = 0
 
 
@@ -124,6 +132,7 @@ def run(
     stop: threading.Event | None = None,
     known: Callable[[Job], Outcome | None] = lambda _: None,
     lease_s: float = LEASE_S,
+    limits: Limits | None = None,
 ) -> Generator[Outcome, None, None]:
     """Compute all jobs; yields an outcome for each as it ends.
 
@@ -132,6 +141,7 @@ def run(
     stop       set it to end early: running regions are let end, then Interrupted is raised
     known      the failure of a job that stands, if another process or run has met one; asked once the slide is this process's
     lease_s    after so long without a sign of life from another process that has a slide, it is taken over
+    limits     in time and memory, of the worker processes of "processes"
 
     Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
     EnvironmentFault where output, disk, device or the slides' share fail.
@@ -141,7 +151,7 @@ def run(
         raise UsageError(message)
     processes = devices if scheduler == "processes" else 1
     with closing(Leases(lease_s)) as leases, open_stage(jobs) or nullcontext() as stage:
-        tasks = open_tasks(scheduler, devices, dashboard)
+        tasks = open_tasks(scheduler, devices, dashboard, limits)
         try:
             window = _Window(
                 jobs, tasks, progress or (lambda _: None), stop or threading.Event(), processes, stage, leases, known
@@ -179,6 +189,9 @@ class _Window:
         self._active: deque[_Group] = deque()  # groups with regions to hand out, in order
         self._first: deque[_Task] = deque()  # ends of slides, before anything else
         self._suspects: deque[_Task] = deque()  # tasks whose worker died: each runs alone
+        self._looking = False  # the first look is under way
+        self._deaths = Deaths(tasks.apart)
+        self._hung: list[tuple[int, Outcome]] = []  # failures of slides that hang, until it is clear that others do not
 
     def outcomes(self) -> Iterator[Outcome]:
         self._check_models()
@@ -198,7 +211,10 @@ class _Window:
                 yield outcome
                 self._let_go(place)
             if not self._running and self._turns.over:
-                return
+                if not self._hung:
+                    return
+                self._tell_hung()
+                continue
             try:
                 done = self._tasks.done.get(timeout=0.2)
             except queue.Empty:
@@ -212,13 +228,24 @@ class _Window:
         if self._states and self._tasks.apart:
             # While one process loads torch for the first model, another can look at the first slide.
             self._tasks.submit(LOOK, slide_worker.look, replace(self._states[0].job, stage=None), kind="slides")
+            self._looking = True
         jobs, together = try_models([state.job for state in self._states], self._alone, self._processes)
         for state, job in zip(self._states, jobs, strict=True):
             state.job = job
         self._turns.queue(together)
 
     def _alone(self, function: Callable[..., object], *arguments: object) -> Done:
-        """Run `function` as a task while nothing else runs but a first look, and wait for its end."""
+        """Run `function` as a task while nothing else runs but a first look, and wait for its end.
+
+        A death that may be the look's doing, or that came from outside, does not count.
+        """
+        while True:
+            beside = self._looking
+            done = self._once(function, *arguments)
+            if not done.died or (self._deaths.counts(death_of(done) or Death.CRASH, alone=not beside) and not beside):
+                return done
+
+    def _once(self, function: Callable[..., object], *arguments: object) -> Done:
         self._tasks.submit(None, function, *arguments)
         while True:
             try:
@@ -227,14 +254,15 @@ class _Window:
                 if self._stop.is_set():
                     raise Interrupted("the run was stopped before it began") from None
                 continue
-            if done.token != LOOK:
+            if done.token is None:
                 return done
+            self._looking &= done.token != LOOK
 
     def _choose(self, room: int) -> _Task | None:
         """The next task to submit, None for none now."""
         if self._suspects:
             return self._suspects.popleft() if not self._running else None
-        if any(task.deaths for task in self._running) or len(self._running) >= room:
+        if any(task.alone for task in self._running) or len(self._running) >= room:
             return None
         if self._first:
             return self._first.popleft()
@@ -328,7 +356,7 @@ class _Window:
             if done.error is None and task.kind != "finish":
                 value = done.value[number]
                 end = Done(task, error=value) if isinstance(value, Exception) else Done(task, value=value)
-            outcome = self._consider(_Task(task.kind, ((place, region),), task.deaths), state, end)
+            outcome = self._consider(replace(task, parts=((place, region),)), state, end)
             if outcome is not None:
                 state.ended = True
                 yield outcome
@@ -338,7 +366,7 @@ class _Window:
     def _let_go(self, place: int) -> None:
         """Free what a job held, if it has ended: after its outcome is on record, and when no task of it runs."""
         state = self._states[place]
-        if not state.ended or state.running:
+        if not state.ended or state.running or any(place == hung for hung, _ in self._hung):
             return
         if self._stage is not None:
             self._stage.end(place)
@@ -350,9 +378,9 @@ class _Window:
         failed = done.died or done.error is not None
         if state.ended or (state.lost and (failed or task.kind != "finish")):
             return None
-        if done.died and task.deaths == 0:
-            # Any of the tasks on that worker may be the culprit: each runs again, alone, and only a second death counts.
-            self._suspects.append(replace(task, deaths=1))
+        if not done.died:
+            self._deaths.survived()
+        if (death := death_of(done)) is not None and self._comes_again(task, death):
             return None
         if failed and not self._turns.owns(state.job):
             self._lose(place)
@@ -360,7 +388,8 @@ class _Window:
         if task.kind == "prepare":
             return self._prepared(place, state, done)
         if failed:
-            return self._failed(state, done)
+            return self._failed(place, state, done)
+        self._tell_hung()
         if task.kind == "finish":
             return Outcome(state.job, done.value["status"], done.value)
         self._progress(Progress("region", state.job, state.tiles[region]))
@@ -368,6 +397,21 @@ class _Window:
         if not state.todo and not state.running and not waiting:
             self._first.append(_Task("finish", task.parts))
         return None
+
+    def _comes_again(self, task: _Task, death: Death) -> bool:
+        """Whether a task whose worker died runs again, alone: any of those on that worker may be the culprit, so only a second
+        death counts. EnvironmentFault where that is of no use."""
+        counts = self._deaths.counts(death, task.alone)
+        if counts and task.deaths:
+            return False
+        self._suspects.append(replace(task, alone=True, deaths=task.deaths + counts))
+        return True
+
+    def _tell_hung(self) -> None:
+        """Let slides that hang have failed: others do not."""
+        self._deaths.came_on()
+        self._found.extend(self._hung)
+        self._hung.clear()
 
     def _lose(self, place: int) -> None:
         """Drop what is under way of a slide that another process has taken over: its errors are no fault of the slide."""
@@ -394,7 +438,7 @@ class _Window:
         group.left -= 1
         outcome = None
         if done.error is not None:
-            outcome = self._failed(state, done)
+            outcome = self._failed(place, state, done)
         elif done.value.record is not None:
             outcome = Outcome(state.job, done.value.record["status"], done.value.record, before=True)
         else:
@@ -405,6 +449,8 @@ class _Window:
         return outcome
 
     def _begun(self, place: int, state: _State, prepared: slide_worker.Prepared) -> None:
+        if self._deaths.reads_only:
+            self._tell_hung()
         state.todo = set(prepared.todo)
         state.tiles = dict(zip(prepared.todo, prepared.tiles, strict=True))
         self._progress(Progress("planned", state.job, sum(prepared.tiles)))
@@ -413,18 +459,35 @@ class _Window:
         else:
             self._first.append(_Task("finish", ((place, -1),)))
 
-    def _failed(self, state: _State, done: Done) -> Outcome:
+    def _failed(self, place: int, state: _State, done: Done) -> Outcome | None:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
-        if done.died:
-            message = "the worker process died on this slide twice; the file or the model crashes a native library"
-            return Outcome(state.job, "failed", reason=Reason.CRASHED, message=message)
+        if death_of(done) is not None:
+            return self._died(place, state, done)
         if isinstance(error, SlideError):
             return Outcome(state.job, "failed", reason=error.reason, message=str(error))
         reason = Reason.MODEL_ERROR if isinstance(error, ModelError) else Reason.INTERNAL
         assert error is not None
         return Outcome(state.job, "failed", reason=reason, message=first_line(error))
+
+    def _died(self, place: int, state: _State, done: Done) -> Outcome | None:
+        """The outcome of a job whose worker died again, and alone; None where it is not yet known whether that was its doing.
+
+        Raises EnvironmentFault where others would do no better.
+        """
+        if death_of(done) is Death.DEVICE:
+            probe = self._alone(worker.check_model, replace(state.job, stage=None))
+            if probe.died or probe.error is not None:
+                raise EnvironmentFault(f"{how(done)}, and in a new process again; see that it works, then run the same again")
+        reason, message = fatal(done)
+        outcome = Outcome(state.job, "failed", reason=reason, message=message)
+        if reason is not Reason.TIMEOUT:
+            return outcome
+        self._deaths.hung(state.job.slide_id, done)
+        state.ended = True
+        self._hung.append((place, outcome))
+        return None
 
     def _drain(self) -> None:
         """Let running tasks end, for a while; what they stage is kept."""

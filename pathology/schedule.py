@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from pathology.calls import WorkerDied
 from pathology.errors import EnvironmentFault, UsageError, one_line
 from pathology.process import Kind, WorkerPair
+from pathology.watch import Limits
 
 # Regions a worker works on at once: one reads while another's last batch is with the model.
 REGIONS_A_WORKER = 2
@@ -77,6 +78,8 @@ class InOrder:
     def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
         try:
             self.done.put(Done(token, value=function(*arguments)))
+        except WorkerDied as error:
+            self.done.put(Done(token, error=error, died=True))
         except Exception as error:
             self.done.put(Done(token, error=error))
 
@@ -142,10 +145,12 @@ class OnDask:
                 self._cluster.close(timeout=1)  # in vain where one of its threads is in a task
 
 
-def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -> Tasks:
+def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None, limits: Limits | None = None) -> Tasks:
     """The runner for `scheduler`: sync, threads, processes (two for each device), or the address of one that runs.
 
     dashboard  address for Dask's dashboard on loopback, e.g. ":8787"; None: off
+    limits     for processes of our own; nobody looks after those of another scheduler, and this one cannot end itself
+
     Raises UsageError for another word, or an address that is neither on loopback nor given with certificates,
     EnvironmentFault where no scheduler answers.
     """
@@ -155,7 +160,7 @@ def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None) -
         return _outside(scheduler)
     if scheduler not in ("threads", "processes"):
         raise UsageError(f"scheduler {scheduler!r} is unknown; use {SCHEDULERS}")
-    return _local(scheduler == "processes", devices, dashboard)
+    return _local(scheduler == "processes", devices, dashboard, limits)
 
 
 def outside(scheduler: str) -> bool:
@@ -232,7 +237,7 @@ def _plugin(pair: WorkerPair) -> Any:
     return OwnProcesses()
 
 
-def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
+def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits | None) -> OnDask:
     """A cluster in this process: its workers' threads run the tasks, or hand each to a process of their worker's.
 
     So a death is known at once and concerns that worker alone, and the processes need nothing of Dask. Listens on loopback
@@ -263,7 +268,7 @@ def _local(processes: bool, devices: int, dashboard: str | None) -> OnDask:
     pairs: list[WorkerPair] = []
     if processes:
         for device in range(devices):
-            pairs.append(WorkerPair({"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}))
+            pairs.append(WorkerPair({"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}, limits))
             more = {"nthreads": sum(SLOTS.values()), "resources": SLOTS, "plugins": [_plugin(pairs[device])]}
             workers[device] = {"cls": Worker, "options": {**options, **more}}
     make_cluster: Callable[..., Any] = SpecCluster

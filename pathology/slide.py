@@ -18,6 +18,7 @@ from pathology.clock import timed
 from pathology.errors import UsageError
 from pathology.geometry import Box, mpp_ratio
 from pathology.model import ReadRule
+from pathology.pulse import under_way
 from pathology.resample import Window, reduced, resize, tile_window
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class Slide:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB of `box` in the level's own pixels; white outside the scan."""
         if self._level_box(level).intersect(box) == box:
-            return self._reader.read(level, box)[0]
+            with under_way("read"):
+                return self._reader.read(level, box)[0]
         return self.read_masked(level, box)[0]
 
     def valid(self, level: int, box: Box) -> NDArray[np.bool_]:
@@ -140,11 +142,13 @@ class Slide:
         """`read` and `valid` of the same box, decoded once."""
         inside = box.intersect(self._level_box(level))
         if inside == box:
-            rgb, valid = self._reader.read(level, box)
+            with under_way("read"):
+                rgb, valid = self._reader.read(level, box)
             return rgb, np.ones(box.shape, bool) if valid is None else valid
         pixels, mask = np.full((*box.shape, 3), WHITE, np.uint8), np.zeros(box.shape, bool)
         if not inside.empty:
-            rgb, valid = self._reader.read(level, inside)
+            with under_way("read"):
+                rgb, valid = self._reader.read(level, inside)
             at = inside.slices(box)
             pixels[at] = rgb
             mask[at] = True if valid is None else valid
@@ -180,7 +184,8 @@ class Slide:
     def prefetch(self, windows: Iterable[Window]) -> None:
         """Fetch the bytes under `windows` that will be read soon; without effect where the reader has no use for it."""
         if self._tiles is not None:
-            self._tiles.prefetch((w.level, w.box, w.reduce) for w in windows)
+            with under_way("read"):
+                self._tiles.prefetch((w.level, w.box, w.reduce) for w in windows)
 
     def reserve(self, windows: Iterable[Window]) -> None:
         """Make room, within the limit the slide was opened with, for what rows of windows like these share."""
@@ -200,7 +205,8 @@ class Slide:
         box, k = window.box, window.reduce
         whole = Box(box.y * k, box.x * k, box.height * k, box.width * k)
         if self._tiles is not None and whole.intersect(self._level_box(window.level)) == whole:
-            pixels = self._tiles.read_reduced(window.level, box, k)
+            with under_way("read"):
+                pixels = self._tiles.read_reduced(window.level, box, k)
             if pixels is not None:
                 return pixels
         full = self.read(window.level, whole)

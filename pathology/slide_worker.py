@@ -35,6 +35,7 @@ from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.models.pool import pooled_spec
 from pathology.plan import Plan, make_plan
+from pathology.pulse import under_way
 from pathology.readers import open_slide, whole_hashes
 from pathology.slide import Slide
 from pathology.staging import slide_path
@@ -178,7 +179,8 @@ def finish_slide(job: Job) -> dict[str, Any]:
     emit(Path(job.out), "slide-finish", what)
     slide = open_slide_of(job)
     work, plan = open_work(job)
-    hashes = whole_hashes(slide.path) if job.hash_input else None
+    with under_way("read"):
+        hashes = whole_hashes(slide.path) if job.hash_input else None
     record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
@@ -390,11 +392,9 @@ def _write_tissue(job: Job, contents: tuple[bytes, bytes], beside: Path) -> None
 def open_slide_of(job: Job) -> Slide:
     """The job's slide, opened once per process as long as the file stays the same."""
     path = slide_path(job)
-    try:
+    stamp: tuple[int, ...] = ()
+    with suppress(OSError), under_way("read"):
         state = path.stat()
-    except OSError:
-        stamp: tuple[int, ...] = ()
-    else:
         stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
     name = (path, job.slide_mpp, job.force, job.reader, job.fast_decode, *stamp)
     with _kept.lock:
@@ -402,14 +402,15 @@ def open_slide_of(job: Job) -> Slide:
             _kept.slides.move_to_end(name)
             return _kept.slides[name]
     try:
-        slide = open_slide(
-            path,
-            job.slide_mpp,
-            force=job.force,
-            reader=job.reader,
-            fast_decode=job.fast_decode,
-            cache_bytes=job.memory // CACHE_SHARE,
-        )
+        with under_way("read"):
+            slide = open_slide(
+                path,
+                job.slide_mpp,
+                force=job.force,
+                reader=job.reader,
+                fast_decode=job.fast_decode,
+                cache_bytes=job.memory // CACHE_SHARE,
+            )
     except SlideError as error:
         root = Path(job.root)
         if error.reason is Reason.MISSING and job.root != job.slide and not (root.exists() and any(root.iterdir())):

@@ -27,6 +27,7 @@ from pathology.errors import UsageError, one_line
 from pathology.geometry import Box, HeatmapFrame
 from pathology.labels import LABELS_NAME, has_labels, label_attributes, label_block, label_dtype
 from pathology.model import DetectionRule, ModelSpec, ReadRule
+from pathology.pulse import under_way
 from pathology.pyramid import NGFF_VERSION, Level, ShardGather, Window, make_levels, ngff_attributes
 from pathology.records import check_fields, read_object
 
@@ -156,9 +157,10 @@ def write_heatmap(path: Path, meta: HeatmapMeta, read: Callable[[Box], NDArray[n
         labels = _label_arrays(group, meta, levels) if has_labels(meta.spec) else []
 
         def put(level: int, box: Box, block: NDArray[np.float32]) -> None:
-            arrays[level][:, *box.slices()] = encoding.encode(block)
-            if labels:
-                labels[level][box.slices()] = label_block(block, meta.spec)
+            with under_way("write"):
+                arrays[level][:, *box.slices()] = encoding.encode(block)
+                if labels:
+                    labels[level][box.slices()] = label_block(block, meta.spec)
 
         gathers = [ShardGather(level) for level in levels[1:]]
         for shard in levels[0].shard_boxes():

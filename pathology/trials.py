@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pathology import worker
-from pathology.errors import ModelError, PathologyError, first_line
+from pathology.errors import ModelError, PathologyError, first_line, one_line
 from pathology.finish import MANIFEST
 from pathology.job import Job
 from pathology.model import ModelSpec
@@ -64,7 +64,8 @@ def _of_model(job: Job, alone: Alone, function: Callable[..., object], *argument
     """What `function` says of the job's model. ModelError where it ends its process or fails."""
     done = alone(function, replace(job, stage=None), *arguments)
     if done.died:
-        raise ModelError(f"model {job.model} ended its worker process when it was tried; try it on its own first")
+        why = one_line(done.error) if done.error is not None else "no more is known"
+        raise ModelError(f"model {job.model} ended its worker process when it was tried ({why}); try it on its own first")
     _raise_model_error(job, done)
     return done.value
 

@@ -24,12 +24,12 @@ from pathology import slide_worker
 from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
-from pathology.calls import WorkerDied, sendable
+from pathology.calls import Death, WorkerDied, sendable
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
-from pathology.device import environment, set_threads
+from pathology.device import environment, poisoned, set_threads
 from pathology.durable import make_folders, write_once
-from pathology.errors import Reason, SlideError
+from pathology.errors import Reason, SlideError, first_line
 from pathology.events import emit
 from pathology.infer import Tile, detect_region, infer_region
 from pathology.job import Job, key_of
@@ -139,7 +139,11 @@ def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool 
     there is one only, its error is raised.
     """
     if len(jobs) == 1:
-        return (run_region(jobs[0], indices[0], in_order),)
+        try:
+            return (run_region(jobs[0], indices[0], in_order),)
+        except Exception as error:
+            _raise_device_fault(error, jobs[0])
+            raise
     ends: dict[int, int | Exception] = {}
     begun: dict[int, _Begun] = {}
     for place, (job, index) in enumerate(zip(jobs, indices, strict=True)):
@@ -149,9 +153,11 @@ def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool 
             ends[place] = error
     if begun:
         ends.update(zip(begun, _infer_together(list(begun.values()), in_order), strict=True))
-    for end in ends.values():
+    for place, end in ends.items():
         if isinstance(end, WorkerDied):
             raise end
+        if isinstance(end, Exception):
+            _raise_device_fault(end, jobs[place])
     return tuple(sendable(end) if isinstance(end := ends[place], Exception) else end for place in range(len(jobs)))
 
 
@@ -233,6 +239,12 @@ def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | 
     what = {"slide": job.slide_id, "model": spec.name, "region": region.index}
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
+
+
+def _raise_device_fault(error: Exception, job: Job) -> None:
+    """Take this process for dead where `error` says that its device failed: that answers nothing any more."""
+    if poisoned(error):
+        raise WorkerDied(f"device {job.device} failed ({first_line(error)})", Death.DEVICE) from error
 
 
 def _refuse_bad(tile: Tile) -> None:

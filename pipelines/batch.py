@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
 from pathology.runner import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
+from pathology.watch import Limits
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.slides import SlideEntry
@@ -46,6 +47,7 @@ class Conduct:
     allow_failures: int = 0
     log_format: Literal["text", "json"] = "text"
     lease_s: float = LEASE_S
+    limits: Limits = field(default_factory=Limits)
 
 
 def exit_code(error: PathologyError) -> int:
@@ -111,6 +113,7 @@ def run_batch(
                 stop=stop,
                 known=known,
                 lease_s=conduct.lease_s,
+                limits=conduct.limits,
             )
             # Closed before the table is made: by then no slide is this process's any more.
             with closing(outcomes):

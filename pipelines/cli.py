@@ -223,6 +223,27 @@ def job_options(command: Command) -> Command:
     show_default=True,
     help="Take over a slide from another process on this DIR when that showed no sign of life for so long.",
 )
+@click.option(
+    "--read-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=300,
+    show_default=True,
+    help="End a worker process in which a read of a slide does not come on for so long.",
+)
+@click.option(
+    "--region-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=1800,
+    show_default=True,
+    help="The same where nothing comes on: no tile read, none computed, nothing written.",
+)
+@click.option(
+    "--memory-limit",
+    type=Bytes(),
+    help="The same where a device's processes hold more memory.  [default: 9/10 of all there is]",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @one_line_errors
 def run(
@@ -245,6 +266,9 @@ def run(
     stage_size: float,
     shard: tuple[int, int] | None,
     lease_s: float,
+    read_timeout: float,
+    region_timeout: float,
+    memory_limit: int | None,
     **options: Any,
 ) -> None:
     """Compute heatmaps of SLIDES: files, folders (searched to the bottom), slide lists (.csv).
@@ -256,6 +280,7 @@ def run(
         from pathology.process import prestart
 
         prestart()
+    from pathology.watch import Limits
     from pipelines.batch import Conduct, run_batch
     from pipelines.fetch import require_fetched
 
@@ -269,6 +294,7 @@ def run(
         allow_failures=allow_failures,
         log_format=log_format,
         lease_s=lease_s,
+        limits=Limits(read_timeout, region_timeout, memory_limit or 0),
     )
     settings = _settings(
         **options,

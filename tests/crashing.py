@@ -1,17 +1,19 @@
-"""Models that go wrong: one takes its process down, as a crash in a native library does, one answers NaN,
-one does not come back.
+"""Models that go wrong: one takes its process down, hangs, breaks its device or takes all memory, one answers NaN.
 
 Named as `tests.crashing:fragile`, `tests.crashing:unsure` and `tests.crashing:stuck`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pathology.model import Model, ModelSpec
@@ -21,32 +23,71 @@ POISON = (1, 254, 3)
 COLOURFUL = 60.0
 
 
+def crash() -> None:
+    os._exit(134)
+
+
+def hang() -> None:
+    ctypes.PyDLL(None).sleep(600)  # no other thread of the process runs meanwhile
+
+
+def break_device() -> None:
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+def take_memory() -> None:
+    blocks = []
+    while True:
+        blocks.append(np.ones(2**26, np.uint8))
+        time.sleep(0.02)
+
+
+def pause() -> None:
+    time.sleep(8)
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    "crash": crash,
+    "hang": hang,
+    "device": break_device,
+    "memory": take_memory,
+    "pause": pause,
+}
+
+
 @dataclass(frozen=True)
 class Fragile:
-    """Mean colours; ends the process at a tile whose first pixel is POISON: once per `flag` file, always without one."""
+    """Mean colours; goes wrong at a tile whose first pixel is POISON: once per `flag` file, always without one.
+
+    lasting  what went wrong once stays wrong: at any tile, in any process
+    """
 
     inner: Model
     flag: str
+    how: str
+    lasting: bool
 
     @property
     def spec(self) -> ModelSpec:
         return self.inner.spec
 
     def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self.lasting and Path(self.flag).exists():
+            WAYS[self.how]()
         if (tiles[:, 0, 0] == POISON).all(axis=1).any():
             if not self.flag:
-                os._exit(134)
+                WAYS[self.how]()
             try:
                 Path(self.flag).touch(exist_ok=False)
             except FileExistsError:
                 pass
             else:
-                os._exit(134)
+                WAYS[self.how]()
         return self.inner(tiles)
 
 
-def fragile(flag: str = "") -> Fragile:
-    return Fragile(mean_colour(tile_px=32), flag)
+def fragile(flag: str = "", how: str = "crash", lasting: bool = False) -> Fragile:
+    return Fragile(mean_colour(tile_px=32), flag, how, lasting)
 
 
 @dataclass(frozen=True)

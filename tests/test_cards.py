@@ -32,7 +32,7 @@ from pathology.errors import ModelError, UsageError
 from pathology.models import add_model, load_model, load_spec, precisions
 from pathology.models.card import CARD, read_card, toml_value
 from pathology.models.checks import warm_up
-from pathology.models.weights import common_prefix
+from pathology.models.weights import common_prefix, read_checkpoint
 from pathology.runner import run
 from pipelines.cli import main
 from tests.networks import Small, seeded
@@ -449,6 +449,39 @@ def test_a_plain_malicious_pickle_runs_nothing(tmp_path: Path) -> None:
     result = init(tmp_path / "c.pt", tmp_path / "m")
     assert result.exit_code == 2
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.fault("M08")
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(
+    tmp_path: Path, legacy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = seeded().state_dict()
+    name = next(iter(state))
+    claimed = torch.zeros(1).expand(2**20, 2**20)  # 4 TiB, of 4 bytes
+    torch.save({**state, name: claimed}, tmp_path / "c.pt", _use_new_zipfile_serialization=not legacy)
+    assert (tmp_path / "c.pt").stat().st_size < 100_000
+    for word in ("clone", "contiguous", "float", "copy_", "isfinite"):
+        monkeypatch.setattr(torch.Tensor, word, refuse)  # what would make room for it
+    with pytest.raises(ModelError, match=rf"its tensors claim 43980\d+, {name} alone \(1048576, 1048576\)"):
+        read_checkpoint(tmp_path / "c.pt")
+    result = init(tmp_path / "c.pt", tmp_path / "m")
+    assert result.exit_code == 2
+    assert "it is no honest checkpoint" in result.output
+    assert not (tmp_path / "m").exists()
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("memory was taken for it")
+
+
+def test_weights_that_are_repeated_in_small_or_shared_are_no_lie(tmp_path: Path) -> None:
+    shared = torch.arange(2.0**16)
+    state = {"mask": torch.zeros(1).expand(2**10, 2**10), "one": shared, "two": shared, "view": shared[5:]}
+    torch.save(state, tmp_path / "c.pt")
+    assert {key: tensor.shape for key, tensor in read_checkpoint(tmp_path / "c.pt").items()} == {
+        key: tensor.shape for key, tensor in state.items()
+    }
 
 
 @pytest.mark.parametrize("format", ["torchscript", "pt2"])

@@ -11,6 +11,7 @@ import pytest
 
 from pathology.cores import (
     core_count,
+    memory_bytes,
     memory_limit_bytes,
     parse_available,
     parse_bytes,
@@ -331,6 +332,17 @@ V1 = {
 )
 def test_memory_is_what_machine_and_cgroups_leave(tmp_path: Path, files: dict[str, str], expected: int) -> None:
     assert memory_limit_bytes(system(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [({}, None), (V2, GIB // 2), (V1, GIB // 2), ({**V2, "sys/fs/cgroup/memory.max": f"{GIB // 8}"}, GIB // 8)],
+)
+def test_the_whole_memory_is_that_of_machine_or_cgroup_whoever_has_it(
+    tmp_path: Path, files: dict[str, str], expected: int | None
+) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_bytes(system(tmp_path, files)) == (expected or physical)
 
 
 def test_this_machine_has_cores_and_memory() -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "pathology.errors",
     "pathology.clock",
+    "pathology.pulse",
     "pathology.geometry",
     "pathology.model",
     "pathology.encoding",
@@ -110,8 +111,10 @@ ORDER = [
     "pathology.slide_worker",
     "pathology.beside",
     "pathology.worker",
+    "pathology.watch",
     "pathology.process",
     "pathology.schedule",
+    "pathology.deaths",
     "pathology.trials",
     "pathology.turns",
     "pathology.runner",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import numpy as np
 import psutil
 import pytest
 
-from pathology.calls import SharedMemory, WorkerDied, neighbour, shared_file
+from pathology import pulse
+from pathology.calls import Calls, Death, SharedMemory, WorkerDied, neighbour, shared_file
 from pathology.errors import Reason, SlideError
-from pathology.process import MODULES, WorkerPair
+from pathology.process import MODULES, Kind, WorkerPair
+from pathology.pulse import beat, under_way
+from pathology.watch import Limits
 
 Call = Callable[..., Any]
 
@@ -233,3 +238,105 @@ def cancelled_and_asked_again() -> int:
 
 def test_a_call_that_was_given_up_keeps_no_other_waiting(pair: WorkerPair) -> None:
     assert pair.call("device", cancelled_and_asked_again) == 7
+
+
+def hang(kind: pulse.Kind) -> None:
+    """In a read as a native library may: without letting any other thread of the process run."""
+    with under_way(kind):
+        (ctypes.PyDLL if kind == "read" else ctypes.CDLL)(None).sleep(600)
+
+
+def sit() -> None:
+    ctypes.PyDLL(None).sleep(600)
+
+
+def come_on(times: int) -> int:
+    """Comes on so often, and never finishes a read."""
+    with under_way("read"):
+        for _ in range(times):
+            time.sleep(0.1)
+            beat()
+    return times
+
+
+def take(count: int) -> None:
+    blocks = []
+    for _ in range(count // 2**26):
+        blocks.append(np.ones(2**26, np.uint8))
+        time.sleep(0.02)
+    time.sleep(600)
+
+
+def pid_of(pair: WorkerPair) -> int:
+    number: int = pair.call("slides", os.getpid)
+    return number
+
+
+@pytest.mark.fault("F25")
+@pytest.mark.parametrize(
+    ("kind", "call", "limits", "death"),
+    [
+        ("slides", (hang, "read"), Limits(read_s=1), Death.READ),
+        ("device", (hang, "write"), Limits(region_s=2), Death.WRITE),
+        ("device", (sit,), Limits(region_s=2), Death.STILL),
+    ],
+    ids=["read", "write", "still"],
+)
+def test_a_process_that_hangs_is_ended_and_replaced(
+    pair: WorkerPair, kind: Kind, call: tuple[Any, ...], limits: Limits, death: Death
+) -> None:
+    before = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+    assert pair.call(kind, come_on, 0) == 0
+    pair._limits = limits  # from now on: they may load their libraries, and this file, for as long as they like
+    with ThreadPoolExecutor() as pool:
+        beside = pool.submit(pair.call, "slides" if kind == "device" else "device", time.sleep, 600)
+        with pytest.raises(WorkerDied) as caught:
+            pair.call(kind, *call)
+        told = beside.exception(timeout=20)
+    assert caught.value.death is death
+    assert isinstance(told, WorkerDied)
+    assert (told.death, str(told)) == (death, str(caught.value))
+    pair._limits = Limits()
+    assert pair.call(kind, os.getpid) not in before.values()
+
+
+def test_what_comes_on_is_not_ended_however_long_it_takes(pair: WorkerPair) -> None:
+    pid = pid_of(pair)
+    assert pair.call("slides", come_on, 0) == 0
+    pair._limits = Limits(read_s=3, region_s=3)
+    assert pair.call("slides", come_on, 60) == 60
+    pair._limits = Limits()
+    assert pid_of(pair) == pid
+
+
+@pytest.mark.fault("F21")
+def test_a_process_that_takes_too_much_memory_is_ended(pair: WorkerPair) -> None:
+    pid_of(pair)
+    pair._limits = Limits(memory_bytes=2**30)
+    with pytest.raises(WorkerDied, match=r"held 1\.\d GB of memory, more than the 1\.1 GB that it may") as caught:
+        pair.call("slides", take, 2**32)
+    assert caught.value.death is Death.MEMORY
+
+
+@pytest.mark.parametrize(("number", "death"), [(signal.SIGKILL, Death.KILL), (signal.SIGSEGV, Death.CRASH)])
+def test_a_killed_process_is_told_from_one_that_crashed(pair: WorkerPair, number: int, death: Death) -> None:
+    pids = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(pair.call, kind, time.sleep, 600) for kind in MODULES]
+        time.sleep(0.2)
+        os.kill(pids["slides"], number)
+        told = [call.exception(timeout=20) for call in waiting]
+    assert [t.death for t in told if isinstance(t, WorkerDied)] == [death, death]
+
+
+def test_one_that_cannot_be_ended_is_left_and_its_callers_are_told() -> None:
+    ours, theirs = Pipe()
+    calls = Calls(ours, lambda: WorkerDied("left", Death.READ))
+    waiting = calls.ask(int, "7")
+    assert calls.busy
+    calls.cut()
+    told = waiting.exception(timeout=20)
+    assert isinstance(told, WorkerDied)
+    assert told.death is Death.READ
+    assert calls.gone
+    theirs.close()

@@ -17,6 +17,7 @@ from pathology.device import free_cached
 from pathology.errors import EnvironmentFault, OutOfMemory, PathologyError, one_line
 from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.checks import check_scores
+from pathology.pulse import beat
 
 # How torch's allocators, its libraries (the last is oneDNN) and ONNX say that there is no memory, without a type for it.
 RAN_OUT = re.compile(
@@ -80,7 +81,9 @@ class Sizes:
         else:
             scores = np.empty(self._spec.answer_shape(batch), np.float32)
             for first, part in zip(range(0, batch, size), parts, strict=True):
+                beat()
                 scores[first : first + size] = self._checked(part, size)[: batch - first]
+        beat()
         with self._lock:
             self._answered[size] += 1
         return scores

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from pathology.device import thread_count
+from pathology.pulse import beat
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,13 @@ class Crew:
 
         alone  one after the other, each with all threads
         """
+
+        def piece(first: int) -> None:
+            compute(first)
+            beat()
+
         pool = self._threads(1 if alone else len(firsts))
-        futures = [pool.submit(compute, first) for first in firsts]
+        futures = [pool.submit(piece, first) for first in firsts]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]

@@ -25,6 +25,10 @@ NAMED = 4  # names listed in a message
 # A counter that only training uses; checkpoints of older torch lack it.
 COUNTER = "num_batches_tracked"
 
+# What tensors of a checkpoint may come to: so many times the file, since some share their numbers, and so many bytes of
+# small ones that are repeated.
+SHARED, REPEATED_BYTES = 4, 2**28
+
 State = dict[str, "torch.Tensor"]
 
 
@@ -90,7 +94,22 @@ def read_checkpoint(file: Path) -> State:
         ) from error
     except Exception as error:  # of a damaged file torch raises nearly anything
         raise ModelError(f"{file} is no whole checkpoint of torch ({_cause(error)}); fetch it again") from error
-    return _state(content, file)
+    state = _state(content, file)
+    _check_claims(state, file)
+    return state
+
+
+def _check_claims(state: State, file: Path) -> None:
+    """Raise ModelError where tensors claim far more numbers than the file holds: one that is repeated by a stride of zero takes
+    a few bytes there, and terabytes as soon as anything is done with it."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    held = file.stat().st_size
+    if claimed > SHARED * held + REPEATED_BYTES:
+        largest = max(state, key=lambda key: state[key].numel())
+        raise ModelError(
+            f"{file} holds {held} bytes, but its tensors claim {claimed}, {largest} alone {tuple(state[largest].shape)}; "
+            "it is no honest checkpoint: do not use it"
+        )
 
 
 def check_finite(state: Mapping[str, torch.Tensor], name: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pathology.errors import Reason, SlideError
+from pathology.pulse import beat
 
 MAGIC, MAGIC_AT = b"DICM", 128
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
@@ -97,6 +98,7 @@ def read_instance(path: Path) -> Instance | None:
     """The file's header; None for whatever is no regular file or no DICOM. Raises OSError where it cannot be read."""
     if not stat.S_ISREG(path.stat().st_mode):
         return None
+    beat()  # a folder may hold thousands
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if os.pread(descriptor, MAGIC_AT + len(MAGIC), 0)[MAGIC_AT:] != MAGIC:

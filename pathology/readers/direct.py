@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pathology.clock import timed
 from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.geometry import Box
+from pathology.pulse import beat
 from pathology.readers import codecs
 from pathology.readers.codecs import Corrupt, Pixels, TileCodec
 from pathology.readers.inspect import SlideFile, refuse_channels
@@ -261,6 +262,7 @@ class DirectReader:
         except OSError as error:
             message = f"{self._name} cannot be read: {error.strerror}; check the disk or share it lies on"
             raise SlideError(Reason.READ_ERROR, message) from error
+        beat()
         self._read_s += (time.perf_counter() - began - self._read_s) / READS_REMEMBERED
         if len(data) < count:
             message = f"{self._name} ends at byte {place + len(data)} since it was opened; copy it again from its source"

@@ -9,10 +9,13 @@ import hashlib
 import os
 from pathlib import Path
 
+from pathology.pulse import beat
 from pathology.readers.inspect import Kind, SlideFile, inspect_file, mirax_folder, no_access
 
 ENDS_BYTES = 256 * 1024
 BLOCKS, BLOCK_BYTES = 64, 4096
+# Of a whole file, read at once.
+PART_BYTES = 2**20
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
@@ -46,8 +49,12 @@ def whole_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _whole(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while data := file.read(PART_BYTES):
+            digest.update(data)
+            beat()
+    return digest.hexdigest()
 
 
 def _fingerprint(file: SlideFile) -> str:
@@ -83,4 +90,5 @@ def _sample(path: Path) -> bytes:
         spans += [(last * i // (BLOCKS - 1), BLOCK_BYTES) for i in range(BLOCKS)]
         for at, count in spans:
             digest.update(os.pread(file.fileno(), count, at))
+            beat()
     return digest.digest()
