@@ -25,7 +25,7 @@ from pathology.errors import EnvironmentFault, Fault, ModelError, PathologyError
 from pathology.events import emit
 from pathology.job import Job
 from pathology.lease import LEASE_S, Leases, Owner
-from pathology.schedule import Done, Tasks, open_tasks
+from pathology.schedule import Done, Tasks, open_tasks, outside
 from pathology.staging import Stage, open_stage
 from pathology.trials import needed, try_models
 from pathology.turns import Turns
@@ -38,7 +38,7 @@ LOOK = "look"
 # Tasks in the window that begin or end slides, beside twice the regions that run.
 BESIDE = 2
 # After a stop, this long for tasks that run to end by themselves.
-DRAIN_S = 8.0
+DRAIN_S = 7.0
 
 # On the tasks' queue: no task has ended, but something else has changed.
 _WAKE = object()
@@ -140,7 +140,8 @@ def run(
 ) -> Generator[Outcome, None, None]:
     """Compute all jobs; yields an outcome for each as it ends.
 
-    scheduler  "sync" (the reference), "threads", "processes" (two for each device), or "tcp://127.0.0.1:PORT"
+    scheduler  "sync" (the reference), "threads", "processes" (two for each device), "tls://HOST:PORT", or
+               "tcp://127.0.0.1:PORT"
     stop       set it to end early: running regions are let end, then Interrupted is raised
     known      the failure of a job that stands, if another process or run has met one; asked once the slide is this process's
     preflight  the failure that a look at a job's slide has shown; asked for all jobs before the first region
@@ -150,7 +151,7 @@ def run(
     Raises ModelError before the first slide if a model does not work, UsageError where results would be mixed,
     EnvironmentFault where output, disk, device or the slides' share fail.
     """
-    if scheduler.startswith("tcp://") and any(job.stage for job in jobs):
+    if outside(scheduler) and any(job.stage for job in jobs):
         message = f"--stage copies to a disk of this machine, which workers of {scheduler} may not see; leave it out"
         raise UsageError(message)
     processes = devices if scheduler == "processes" else 1

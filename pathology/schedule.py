@@ -5,16 +5,20 @@ Promise: whatever runs a task, its end arrives on one queue, once, as a `Done`. 
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import queue
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from pathology.calls import WorkerDied
-from pathology.errors import EnvironmentFault, UsageError
+from pathology.errors import EnvironmentFault, UsageError, one_line
 from pathology.process import Kind, WorkerPair
 from pathology.watch import Limits
 
@@ -24,7 +28,13 @@ REGIONS_A_WORKER = 2
 SLOTS: dict[Kind, int] = {"device": REGIONS_A_WORKER, "slides": 2}
 # Name of the plugin by which a Dask worker knows its processes.
 OWN_PROCESSES = "own-processes"
-SCHEDULERS = "sync, threads, processes or tcp://HOST:PORT"
+SCHEDULERS = "sync, threads, processes, tls://HOST:PORT, or tcp://127.0.0.1:PORT"
+# Where Dask's own programs look for certificates as well; also set by DASK_DISTRIBUTED__COMM__TLS__CA_FILE and its like.
+CERTIFICATES = {
+    "tls_ca_file": "distributed.comm.tls.ca-file",
+    "tls_client_cert": "distributed.comm.tls.client.cert",
+    "tls_client_key": "distributed.comm.tls.client.key",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +139,10 @@ class OnDask:
         # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
         for pair in self._pairs:
             pair.close()
-        self._client.close(timeout=2)
-        if self._cluster is not None:
-            self._cluster.close(timeout=5)
+        with suppress(TimeoutError):
+            self._client.close(timeout=1)
+            if self._cluster is not None:
+                self._cluster.close(timeout=1)  # in vain where one of its threads is in a task
 
 
 def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None, limits: Limits | None = None) -> Tasks:
@@ -140,23 +151,67 @@ def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None, l
     dashboard  address for Dask's dashboard on loopback, e.g. ":8787"; None: off
     limits     for processes of our own; nobody looks after those of another scheduler, and this one cannot end itself
 
-    Raises UsageError for another word, EnvironmentFault where no scheduler answers.
+    Raises UsageError for another word, or an address that is neither on loopback nor given with certificates,
+    EnvironmentFault where no scheduler answers.
     """
     if scheduler == "sync":
         return InOrder()
-    if scheduler not in ("threads", "processes") and not scheduler.startswith("tcp://"):
+    if outside(scheduler):
+        return _outside(scheduler)
+    if scheduler not in ("threads", "processes"):
         raise UsageError(f"scheduler {scheduler!r} is unknown; use {SCHEDULERS}")
-    if scheduler.startswith("tcp://"):
-        from distributed import Client
-
-        client: Callable[..., Any] = Client
-        try:
-            return OnDask(client(scheduler, timeout=10, set_as_default=False))
-        except OSError as error:
-            raise EnvironmentFault(
-                f"no Dask scheduler answers at {scheduler}; start it, or choose another --scheduler"
-            ) from error
     return _local(scheduler == "processes", devices, dashboard, limits)
+
+
+def outside(scheduler: str) -> bool:
+    """Whether this is the address of a scheduler that was started elsewhere."""
+    return scheduler.startswith(("tcp://", "tls://"))
+
+
+def _outside(address: str) -> OnDask:
+    """On a scheduler that runs. Who can speak to it, or alter what is said to it, runs code on its workers and here."""
+    from distributed import Client, Security
+
+    make_security: Callable[..., Any] = Security
+    make_client: Callable[..., Any] = Client
+    security = make_security()  # as Dask's configuration has it
+    if address.startswith("tls://"):
+        _check_certificates(address, security)
+    elif not _on_loopback(address):
+        raise UsageError(
+            f"scheduler {address} is not on loopback, and without TLS whoever reaches it runs code there and here; "
+            f"start scheduler and workers with certificates, and give tls://{address.removeprefix('tcp://')}"
+        )
+    try:
+        return OnDask(make_client(address, timeout=10, set_as_default=False, security=security))
+    except OSError as error:
+        why = one_line(error.__cause__ or error)
+        raise EnvironmentFault(
+            f"no Dask scheduler answers at {address} ({why}); start it, or choose another --scheduler"
+        ) from error
+
+
+def _on_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _check_certificates(address: str, security: Any) -> None:
+    """UsageError unless Dask's configuration names an authority, a certificate and a key, and the files are there."""
+    for name, setting in CERTIFICATES.items():
+        path = getattr(security, name)
+        if not path or not Path(path).is_file():
+            raise UsageError(
+                f"{address} needs certificates, and {setting} of Dask's configuration is {path or 'not set'}; "
+                f"name files by {', '.join(CERTIFICATES.values())}, there or in variables like {_variable(setting)}"
+            )
+
+
+def _variable(setting: str) -> str:
+    """The environment variable that gives a setting of Dask's."""
+    return "DASK_" + setting.replace(".", "__").replace("-", "_").upper()
 
 
 def _in_process(kind: Kind, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -191,7 +246,15 @@ def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits 
     import dask
 
     # Its workers' threads only wait: a look at their stacks a hundred times a second, and a tick fifty times, are for nothing.
-    dask.config.set({"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"})
+    # So is the history of what they did, which is 10 MB of the driver's memory.
+    dask.config.set(
+        {
+            "distributed.worker.profile.enabled": False,
+            "distributed.admin.tick.interval": "1s",
+            "distributed.admin.low-level-log-length": 10,
+            "distributed.diagnostics.computations.max-history": 1,
+        }
+    )
     from distributed import Client, Scheduler, SpecCluster, Worker
 
     # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that

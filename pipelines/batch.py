@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -36,9 +33,10 @@ from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.preflight import Found, Preflight
 from pipelines.room import MIN_FREE_BYTES, Room, size
 from pipelines.slides import SlideEntry
+from pipelines.stopping import INTERRUPTED
 from pipelines.summary import clear_failure, known_failures, write_failure, write_summary
 
-OK, SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 75
+OK, SOME_FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 
 NOTICE = "Research use only: not for diagnosis."
 
@@ -69,9 +67,15 @@ def exit_code(error: PathologyError) -> int:
 
 
 def run_batch(
-    slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, conduct: Conduct, seen: Found | None = None
+    slides: Sequence[SlideEntry],
+    models: Sequence[str],
+    settings: Settings,
+    conduct: Conduct,
+    stop: threading.Event,
+    seen: Found | None = None,
 ) -> int:
-    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on.
+    """Run all models on all slides and return the exit code; PathologyError where the run as a whole cannot go on, Interrupted
+    once `stop` is set.
 
     seen  what another run has just seen of the slides' headers
     """
@@ -83,7 +87,7 @@ def run_batch(
     began = time.monotonic()
     seen = {} if seen is None else seen
     if (finder := tissue_model(settings)) is not None:
-        _find_tissue(slides, finder, settings, conduct, seen)
+        _find_tissue(slides, finder, settings, conduct, stop, seen)
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
@@ -102,11 +106,10 @@ def run_batch(
     room = Room(out, conduct.min_free)
     room.require()
     make_folders(out / ".work")
-    with _stop_on_signals() as stop:
+    with closing(_Report(len(jobs), conduct.log_format)) as report:
         ids = list(dict.fromkeys(job.slide_id for job in jobs))
         names = [specs[ref].name for ref in models]
         emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
-        report = _Report(len(jobs), conduct.log_format)
         failed, why, fault = 0, "", ""
         try:
             known = known_failures(jobs, {ref: spec.name for ref, spec in specs.items()}, conduct.retry_failed)
@@ -168,13 +171,14 @@ def run_batch(
         finally:
             with suppress(EnvironmentFault):  # told below, where it matters more than its event
                 emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
-            report.close()
             write_summary(out)
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
 
-def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct, seen: Found) -> None:
+def _find_tissue(
+    slides: Sequence[SlideEntry], model: str, settings: Settings, conduct: Conduct, stop: threading.Event, seen: Found
+) -> None:
     """Let `model` find the tissue of all slides that have no mask of their own, as a run of its own."""
     from pathology.areas import tissue_class
     from pathology.models import load_spec
@@ -184,7 +188,7 @@ def _find_tissue(slides: Sequence[SlideEntry], model: str, settings: Settings, c
     looked_at = [slide for slide in slides if slide.mask is None]
     if looked_at:
         print(f"tissue by {spec.name}:", flush=True)
-        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()), seen)
+        run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()), stop, seen)
 
 
 def _keep(outcome: Outcome, model_name: str, exports: Sequence[str]) -> None:
@@ -328,24 +332,3 @@ class _Report:
 
     def _describe(self) -> None:
         self._bar.set_description(f"{self._ended}/{self._jobs} slides", refresh=False)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event set by SIGINT, SIGTERM or SIGUSR1; a second SIGINT ends the process at once."""
-    stop = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            os._exit(INTERRUPTED)
-        stop.set()
-
-    old: dict[signal.Signals, Callable[..., object] | int | None] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            old[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

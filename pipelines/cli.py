@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors, printable
 from pipelines.recipes import known_recipes, recipe_option
 from pipelines.result_commands import status, verify
+from pipelines.stopping import stop_on_signals
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
@@ -183,7 +185,8 @@ def job_options(command: Command) -> Command:
     "--scheduler",
     default="processes",
     show_default=True,
-    help="sync, threads, processes (two for each device), or tcp://127.0.0.1:PORT of a Dask scheduler that runs.",
+    help="sync, threads, processes (two for each device), or a Dask scheduler that runs: tls://HOST:PORT with certificates of "
+    "Dask's configuration, or tcp://127.0.0.1:PORT.",
 )
 @click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
 @click.option("--export", "exports", multiple=True, type=click.Choice(KINDS), help="Write these as well.")
@@ -284,6 +287,7 @@ def run(
 
     Any number of processes, on any hosts, may work on one --out at the same time: each slide is done once.
     """
+    stop = click.get_current_context().with_resource(stop_on_signals())
     if scheduler == "processes":
         from pathology.process import prestart
 
@@ -320,7 +324,7 @@ def run(
         from pipelines.slides import share
 
         entries = share(entries, *shard)
-    sys.exit(run_batch(entries, models, settings, conduct))
+    sys.exit(run_batch(entries, models, settings, conduct, stop))
 
 
 @main.command(epilog=EXIT_CODES)
@@ -475,6 +479,9 @@ def console() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    except BaseException:
+        code = 1
+        traceback.print_exc()  # a bug; threads may still be in calls that nothing ends
     with suppress(BrokenPipeError):  # whoever read the output may be gone
         if isinstance(code, str):
             click.echo(code, err=True)

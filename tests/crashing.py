@@ -1,6 +1,6 @@
 """Models that go wrong: one takes its process down, hangs, breaks its device or takes all memory, one answers NaN.
 
-Named as `tests.crashing:fragile` and `tests.crashing:unsure`.
+Named as `tests.crashing:fragile`, `tests.crashing:unsure` and `tests.crashing:stuck`.
 """
 
 from __future__ import annotations
@@ -108,3 +108,24 @@ class Unsure:
 
 def unsure() -> Unsure:
     return Unsure(mean_colour(tile_px=32))
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Mean colours; where STUCK_S is set, a call with a tile whose first pixel is POISON takes so long; STUCK_FLAG tells."""
+
+    inner: Model
+
+    @property
+    def spec(self) -> ModelSpec:
+        return replace(self.inner.spec, name="stuck")
+
+    def __call__(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if "STUCK_S" in os.environ and (tiles[:, 0, 0] == POISON).all(axis=1).any():
+            Path(os.environ["STUCK_FLAG"]).touch()
+            time.sleep(float(os.environ["STUCK_S"]))
+        return self.inner(tiles)
+
+
+def stuck() -> Stuck:
+    return Stuck(mean_colour(tile_px=32))

@@ -1,10 +1,12 @@
 """A table of the catalogue of faults: which tests show a row, and how they ended. Loaded by conftest.py.
 
 Promise: `pytest --fault-table FILE` names every row that a test of this session is marked with, also across xdist's processes.
+What another session has written there stays, so that quick and slow tests make one table.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +16,7 @@ ROWS = "fault"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-table", metavar="FILE", help="Write which tests show which rows of docs/reliability.md here.")
+    parser.addoption("--fault-table", metavar="FILE", help="Add to this table which tests show which rows of faults.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,12 +38,23 @@ class Table:
                 self._ended[str(row)][report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self) -> None:
+        rows = _read(self._path)
+        for row, tests in self._ended.items():
+            outcomes, names = rows.setdefault(row, (set(), set()))
+            outcomes.update(tests.values())
+            names.update(name.partition("::")[2] for name in tests)
         lines = ["| row | result | tests |", "|---|---|---|"]
-        for row, tests in sorted(self._ended.items()):
-            outcomes = sorted(set(tests.values()))
-            names = ", ".join(f"`{name.partition('::')[2]}`" for name in sorted(tests))
-            lines.append(f"| {row} | {' and '.join(outcomes)} | {names} |")
+        for row, (outcomes, names) in sorted(rows.items()):
+            lines.append(f"| {row} | {' and '.join(sorted(outcomes))} | {', '.join(f'`{name}`' for name in sorted(names))} |")
         self._path.write_text("\n".join(lines) + "\n")
+
+
+def _read(path: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """The results and tests of each row of a table."""
+    if not path.exists():
+        return {}
+    rows = re.findall(r"^\| ([A-Z]\d\d) \| (.*?) \| (.*) \|$", path.read_text(), flags=re.M)
+    return {row: (set(outcomes.split(" and ")), set(re.findall(r"`([^`]*)`", tests))) for row, outcomes, tests in rows}
 
 
 def pytest_configure(config: pytest.Config) -> None:

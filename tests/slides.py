@@ -117,6 +117,13 @@ def corrupt_tile(path: Path, tile: int, page: int = 0) -> None:
         file.write(b"\xa5" * count)
 
 
+def patch_tag(path: Path, tag: int, value: int, page: int = 0) -> Path:
+    """Let a tag of the file say something else."""
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[page].tags[tag].overwrite(value)
+    return path
+
+
 def cut(path: Path, share: float) -> Path:
     """Keep the first `share` of a file."""
     os.truncate(path, int(path.stat().st_size * share))

@@ -26,7 +26,7 @@ from click.testing import CliRunner, Result
 from dicom_slides import write_series
 from mutants import MORE_BYTES, chain, limit_memory, try_to_open
 from PIL import Image
-from slides import Pixels, cut, noise_pixels, pyramid, smooth_pixels, tile_span, write_tiff
+from slides import Pixels, cut, noise_pixels, patch_tag, pyramid, smooth_pixels, tile_span, write_tiff
 from test_readers import handmade, refused
 
 from pathology import open_heatmap
@@ -65,12 +65,6 @@ def patch(path: Path, at: int, data: bytes) -> Path:
     with path.open("r+b") as file:
         file.seek(at)
         file.write(data)
-    return path
-
-
-def patch_tag(path: Path, tag: int, value: int, page: int = 0) -> Path:
-    with tifffile.TiffFile(path, mode="r+b") as tiff:
-        tiff.pages[page].tags[tag].overwrite(value)
     return path
 
 

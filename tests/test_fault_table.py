@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
+
+from tests.fault_table import Table
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,4 +62,28 @@ def test_the_table_names_rows_tests_and_results(pytester: pytest.Pytester, proce
         "| F01 | passed | `test_good` |",
         "| F02 | failed and passed | `test_bad`, `test_good` |",
         "| F03 | skipped | `test_skipped` |",
+    ]
+
+
+def test_what_another_session_has_written_stays(tmp_path: Path) -> None:
+    def session(test: str, row: str, outcome: Literal["passed", "failed"]) -> None:
+        report = pytest.TestReport(
+            nodeid=f"test_file.py::{test}",
+            location=("test_file.py", 0, test),
+            keywords={},
+            outcome=outcome,
+            longrepr=None,
+            when="call",
+            user_properties=[("fault", row)],
+        )
+        table = Table(tmp_path / "table.md")
+        table.pytest_runtest_logreport(report)
+        table.pytest_sessionfinish()
+
+    session("test_quick", "F02", "passed")
+    session("test_slow[a, b]", "F02", "failed")
+    session("test_other", "F01", "passed")
+    assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
+        "| F01 | passed | `test_other` |",
+        "| F02 | failed and passed | `test_quick`, `test_slow[a, b]` |",
     ]

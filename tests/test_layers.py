@@ -121,6 +121,7 @@ ORDER = [
     "pathology.runner",
     "pathology",
     "pipelines",
+    "pipelines.stopping",
     "pipelines.slides",
     "pipelines.config",
     "pipelines.summary",
