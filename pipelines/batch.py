@@ -24,7 +24,7 @@ from pathology.export import can_export
 from pathology.job import Job
 from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
-from pathology.runner import Interrupted, Outcome, Progress
+from pathology.outcome import Interrupted, Outcome, Progress
 from pathology.together import pixels_of
 from pathology.trials import needed
 from pathology.watch import Limits

@@ -20,8 +20,8 @@ from pathology.grid import TileGrid
 from pathology.job import Job
 from pathology.model import ModelSpec
 from pathology.readers.inspect import inspect_file
-from pathology.runner import SLIDES_AHEAD
 from pathology.slide import SlideInfo
+from pathology.window import SLIDES_AHEAD
 from pipelines.config import Settings
 from pipelines.headers import headers, processes
 from pipelines.slides import SlideEntry

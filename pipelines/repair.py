@@ -23,8 +23,9 @@ from pathology.geometry import Box
 from pathology.integrity import ZARR_JSON, Difference, verify_result
 from pathology.job import Job, key_difference
 from pathology.lease import BEAT_S, LEASE_S, Leases
+from pathology.outcome import Progress
 from pathology.plan import Plan
-from pathology.runner import Progress, run
+from pathology.runner import run
 from pathology.seal import is_sealed, mended
 from pathology.work import Work
 

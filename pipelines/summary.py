@@ -16,8 +16,8 @@ from pathology.durable import make_folders, sweep_temporaries, write_file
 from pathology.errors import Reason
 from pathology.finish import RESULT, read_record
 from pathology.job import FREE, Job, key_of
+from pathology.outcome import Outcome
 from pathology.records import check_fields, read_object
-from pathology.runner import Outcome
 
 SCHEMA = 1
 # Of a job: what changes no answer.

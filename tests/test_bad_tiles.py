@@ -20,7 +20,8 @@ from pathology.export.table import read_parquet
 from pathology.finish import BAD_TILES, read_manifest
 from pathology.geometry import Box
 from pathology.integrity import verify
-from pathology.runner import Interrupted, Outcome, Progress, run
+from pathology.outcome import Interrupted, Outcome, Progress
+from pathology.runner import run
 from pathology.slide import Slide
 from pathology.testing import array_slide
 from pathology.tissue import find_tissue

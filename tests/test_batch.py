@@ -21,7 +21,7 @@ from slides import cut, pyramid, smooth_pixels, write_tiff
 from pathology import Job, open_heatmap
 from pathology.errors import Reason
 from pathology.events import read_events
-from pathology.runner import Outcome
+from pathology.outcome import Outcome
 from pipelines import summary
 from pipelines.cli import main
 from pipelines.slides import SlideEntry, find_slides, share

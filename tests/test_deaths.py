@@ -18,9 +18,10 @@ from pathology.deaths import HANGS_BORNE, KILLS_BORNE, Deaths
 from pathology.errors import EnvironmentFault, ModelError, Reason
 from pathology.finish import read_manifest
 from pathology.lease import Leases
+from pathology.outcome import Outcome
 from pathology.process import Kind
-from pathology.runner import LOOK, Outcome, _Window
 from pathology.schedule import Done, InOrder
+from pathology.window import LOOK, Window
 from tests.slides import noise_pixels, write_tiff
 
 Dies = Callable[[Callable[..., Any], tuple[Any, ...]], BaseException | None]
@@ -57,7 +58,7 @@ def jobs(tmp_path: Path) -> list[pathology.Job]:
 
 def ends(jobs: list[pathology.Job], tasks: Mortal) -> dict[str, Outcome]:
     with closing(Leases()) as leases:
-        window = _Window(jobs, tasks, lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
+        window = Window(jobs, tasks, lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
         return {outcome.job.slide_id: outcome for outcome in window.outcomes()}
 
 

@@ -21,7 +21,8 @@ import pathology
 from pathology.errors import Reason
 from pathology.events import read_events
 from pathology.integrity import verify
-from pathology.runner import Outcome, run
+from pathology.outcome import Outcome
+from pathology.runner import run
 from pathology.watch import Limits
 from pipelines.cli import main
 from tests.crashing import POISON

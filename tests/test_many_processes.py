@@ -25,7 +25,8 @@ from pathology.events import read_events
 from pathology.finish import read_manifest
 from pathology.job import FREE, Job
 from pathology.lease import OWNER, Leases
-from pathology.runner import Interrupted, Outcome, Progress, run
+from pathology.outcome import Interrupted, Outcome, Progress
+from pathology.runner import run
 from pathology.work import Work
 
 ELSEWHERE = "000000000000-123-456-0"

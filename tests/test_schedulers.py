@@ -20,9 +20,10 @@ from pathology import slide_worker, worker
 from pathology.errors import EnvironmentFault, ModelError, Reason, SlideError, UsageError
 from pathology.finish import read_manifest
 from pathology.integrity import verify
+from pathology.outcome import Interrupted, Progress
 from pathology.plan import Region
 from pathology.result import open_heatmap
-from pathology.runner import Interrupted, Progress, run
+from pathology.runner import run
 from pathology.schedule import open_tasks
 from pathology.store import STORE_NAME
 from pathology.work import Work

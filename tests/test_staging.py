@@ -22,7 +22,8 @@ from pathology.errors import EnvironmentFault, UsageError
 from pathology.events import read_events
 from pathology.finish import read_manifest
 from pathology.job import Job
-from pathology.runner import Interrupted, Progress, run
+from pathology.outcome import Interrupted, Progress
+from pathology.runner import run
 from pathology.staging import Copy, Stage, open_stage, slide_path
 from pipelines.cli import main
 from pipelines.slides import find_slides

@@ -19,10 +19,11 @@ from pathology import Job, slide_worker, worker
 from pathology.finish import read_record
 from pathology.lease import Leases
 from pathology.process import Kind
-from pathology.runner import _Window, run
+from pathology.runner import run
 from pathology.schedule import Done, InOrder
 from pathology.testing import constant
 from pathology.threads import TILES, Split, measure_model, measure_reading, split_threads
+from pathology.window import Window
 
 SECONDS = st.floats(1e-6, 10)
 
@@ -205,7 +206,7 @@ def test_a_slide_that_kills_the_measuring_worker_is_no_fault_of_the_model(refere
 
     job = replace(reference_job, out=str(tmp_path), threads=1, readers=0)
     with closing(Leases()) as leases:
-        window = _Window([job], Mortal(), lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
+        window = Window([job], Mortal(), lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
         (outcome,) = window.outcomes()
     assert outcome.status == "ok"
     assert outcome.job.readers >= 1

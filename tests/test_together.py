@@ -30,10 +30,11 @@ from pathology.job import Job
 from pathology.memory import memory_bound
 from pathology.model import ReadRule
 from pathology.models import load_spec
+from pathology.outcome import Interrupted, Progress
 from pathology.plan import CANVAS_SHARE, choose_block, cut
 from pathology.process import WorkerPair
 from pathology.readers.direct import DirectReader
-from pathology.runner import Interrupted, Progress, run
+from pathology.runner import run
 from pathology.slide import Slide
 from pathology.stitch import canvas_bytes
 from pathology.testing import constant, mean_colour
