@@ -58,7 +58,7 @@ def jobs(tmp_path: Path) -> list[pathology.Job]:
 
 def ends(jobs: list[pathology.Job], tasks: Mortal) -> dict[str, Outcome]:
     with closing(Leases()) as leases:
-        window = Window(jobs, tasks, lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
+        window = Window(jobs, tasks, lambda _: None, threading.Event(), 1, None, leases, lambda _: None, lambda _: None)
         return {outcome.job.slide_id: outcome for outcome in window.outcomes()}
 
 

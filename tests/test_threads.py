@@ -206,7 +206,7 @@ def test_a_slide_that_kills_the_measuring_worker_is_no_fault_of_the_model(refere
 
     job = replace(reference_job, out=str(tmp_path), threads=1, readers=0)
     with closing(Leases()) as leases:
-        window = Window([job], Mortal(), lambda _: None, threading.Event(), 1, None, leases, lambda _: None)
+        window = Window([job], Mortal(), lambda _: None, threading.Event(), 1, None, leases, lambda _: None, lambda _: None)
         (outcome,) = window.outcomes()
     assert outcome.status == "ok"
     assert outcome.job.readers >= 1
