@@ -248,9 +248,8 @@ def change_the_slide(result: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_the_slide(result: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        pathology.Job, "again", lambda *asked: replace(AGAIN(*asked), slide="/nowhere/s.tiff", root="/nowhere/s.tiff")
-    )
+    nowhere = str(result.parents[3] / "nowhere.tiff")  # in a folder that is there: else it would be the share that is lost
+    patch.setattr(pathology.Job, "again", lambda *asked: replace(AGAIN(*asked), slide=nowhere, root=nowhere))
 
 
 def change_the_mood(result: Path, patch: pytest.MonkeyPatch) -> None:
