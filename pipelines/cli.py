@@ -232,7 +232,7 @@ def job_options(command: Command) -> Command:
     type=Bytes(or_none=True),
     default="100M",
     show_default=True,
-    help="Refuse to start where results may leave less free at DIR, and stop when less is; 0: go on until the disk is full.",
+    help="Stop when less is free at DIR, and before a result that may not fit beside it; 0: go on until the disk is full.",
 )
 @click.option(
     "--read-timeout",
