@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pathology.clock import current, timed
 from pathology.errors import ModelError
 from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
-from pathology.models.checks import check_scores
+from pathology.models.checks import check_scores, raised_by_model
 from pathology.stain import PARAMETERS
 
 Predict = Callable[[Iterable[NDArray[np.uint8]]], Generator[NDArray[np.float32], None, None]]
@@ -74,8 +74,9 @@ def predict_in_order(
 
 
 def call_model(model: Model, batch: NDArray[np.uint8], stains: Stain = None) -> NDArray[np.float32]:
-    """(B, C, h, w) scores of a whole batch. ModelError where the model does not answer what its card says."""
-    scores = answer(model, batch, stains)
+    """(B, C, h, w) scores of a whole batch. ModelError where the model raises, or does not answer what its card says."""
+    with raised_by_model(model.spec):
+        scores = answer(model, batch, stains)
     check_scores(model.spec, len(batch), scores)
     return scores
 
@@ -337,11 +338,13 @@ class Predictor:
 
     def _submit(self, batch: _Batch) -> Answer:
         assert self._queued is not None
-        return begin(self._queued, batch.array, batch.stains)
+        with raised_by_model(self.model.spec):
+            return begin(self._queued, batch.array, batch.stains)
 
     def _landed(self, answer: Answer) -> NDArray[np.float32] | Exception:
         try:
-            scores = answer.result()
+            with raised_by_model(self.model.spec):
+                scores = answer.result()
             check_scores(self.model.spec, self.batch_size, scores)
         except Exception as error:
             return error

@@ -1,4 +1,4 @@
-"""Models that go wrong: one takes its process down, hangs, breaks its device or takes all memory, one answers NaN.
+"""Models that go wrong: one takes its process down, hangs, raises, breaks its device or takes all memory, one answers NaN.
 
 Named as `tests.crashing:fragile`, `tests.crashing:unsure` and `tests.crashing:stuck`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,6 +43,14 @@ def take_memory() -> None:
         time.sleep(0.02)
 
 
+def refuse() -> None:
+    raise ValueError("no such tile")
+
+
+def leave() -> None:
+    sys.exit(5)
+
+
 def pause() -> None:
     time.sleep(8)
 
@@ -52,6 +61,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "device": break_device,
     "memory": take_memory,
     "pause": pause,
+    "refuse": refuse,
+    "leave": leave,
 }
 
 

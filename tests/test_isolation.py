@@ -123,6 +123,21 @@ def test_a_model_that_hangs_once_costs_nothing(folder: Path, tmp_path: Path) -> 
     assert {outcome.status for outcome in found.values()} == {"ok"}
 
 
+@pytest.mark.parametrize(
+    ("how", "scheduler", "words"),
+    [
+        ("refuse", "sync", "ValueError: no such tile"),
+        ("refuse", "processes", "ValueError: no such tile"),
+        ("leave", "processes", "SystemExit: 5"),
+    ],
+)
+def test_a_model_that_raises_on_a_slide_fails_it_alone(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, bytes], how: str, scheduler: str, words: str
+) -> None:
+    found = {one.job.slide_id: one for one in run(jobs(folder, tmp_path, f"how={how}"), scheduler)}
+    assert words in only_bad_fails(found, tmp_path, undisturbed, Reason.MODEL_ERROR)
+
+
 def test_a_region_that_takes_longer_than_the_deadline_is_none_that_hangs(folder: Path, tmp_path: Path) -> None:
     pixels = noise_pixels(256, 256)
     pixels[[0, 32, 64, 96], 0] = POISON  # each in a batch of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 import time
@@ -10,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from pathology.errors import ModelError
+from pathology.errors import EnvironmentFault, ModelError
 from pathology.model import ModelSpec, QueuedModel
 from pathology.predictor import IN_FLIGHT, Predictor, closed_at_end, predict_in_order
 from pathology.testing import mean_colour
@@ -192,8 +194,8 @@ def test_an_error_fails_only_the_region_whose_tiles_raise_it(predictor: Predicto
         results = [future.result(JOIN_S) for future in futures]
     for place, result in enumerate(results):
         if place == 2:
-            assert isinstance(result, ValueError)
-            assert str(result) == "a tile of 13"
+            assert isinstance(result, ModelError)
+            assert str(result) == "model mean-colour raised ValueError: a tile of 13"
         else:
             assert result == reference[place]
 
@@ -253,6 +255,74 @@ def test_a_model_that_breaks_its_card_is_named() -> None:
     with pytest.raises(ModelError, match=message):
         list(predictor.predict(noise(1, 12)))
     predictor.close()
+
+
+class Raising(Watched):
+    """Raises `error` at every call."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def __call__(self, tiles: Tile) -> NDArray[np.float32]:
+        raise self.error
+
+
+class QueuedRaising(Raising):
+    """Raises `error` when its answer is asked for."""
+
+    def staging(self, batch_size: int) -> Tile:
+        return np.zeros((batch_size, SIDE, SIDE, 3), np.uint8)
+
+    def submit(self, tiles: Tile) -> QueuedRaising:
+        return self
+
+    def result(self) -> NDArray[np.float32]:
+        raise self.error
+
+
+class Panic(BaseException):
+    """As native extensions raise one that is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [Raising, QueuedRaising])
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), Panic("panicked"), RuntimeError("so"), KeyError("a")])
+def test_whatever_a_model_raises_is_told_to_its_region_as_the_models_error(kind: type[Raising], error: BaseException) -> None:
+    predictor = Predictor(kind(error), BATCH)
+    with ThreadPoolExecutor(1) as pool:  # else a model that ends the predictor's thread would hang the test
+        try:
+            found = pool.submit(lambda: list(predictor.predict(noise(1, 12)))).exception(JOIN_S)
+        finally:
+            predictor.close()
+    assert isinstance(found, ModelError)
+    assert str(found).startswith(f"model mean-colour raised {type(error).__name__}: ")
+    assert found.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 TiB"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        EnvironmentFault("no memory is left for even one tile"),
+    ],
+)
+def test_what_is_no_fault_of_a_model_stays_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as found:
+        list(predict_in_order(Raising(error), BATCH, noise(1, 12)))
+    assert found.value is error
+    predictor = Predictor(Raising(error), BATCH)
+    with pytest.raises(type(error)):
+        list(predictor.predict(noise(1, 12)))
+    predictor.close()
+
+
+def test_who_interrupts_the_caller_means_the_caller() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        list(predict_in_order(Raising(KeyboardInterrupt()), BATCH, noise(1, 12)))
+    with pytest.raises(ModelError, match="raised Panic: panicked"):
+        list(predict_in_order(Raising(Panic("panicked")), BATCH, noise(1, 12)))
 
 
 def test_a_partial_batch_waits_for_a_region_that_still_feeds(watched: Watched, predictor: Predictor) -> None:
@@ -452,7 +522,8 @@ def test_many_regions_through_a_model_that_works_by_itself(value: int) -> None:
         results = [future.result(JOIN_S) for future in futures]
     for place, (own, result) in enumerate(zip(lanes, results, strict=True)):
         if place == 3:
-            assert isinstance(result, ValueError)
+            assert isinstance(result, ModelError)
+            assert str(result) == f"model mean-colour raised ValueError: a tile of {value}"
         else:
             assert result == [a.tobytes() for a in predict_in_order(mean_colour(SIDE), BATCH, own)]
     assert model.most <= IN_FLIGHT

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.device import poisoned
+from pathology.durable import DISK_ERRORS
 from pathology.errors import ModelError, PathologyError, one_line
 from pathology.model import Model, ModelSpec, answer
 from pathology.stain import made_up_stains
+
+
+@contextmanager
+def raised_by_model(spec: ModelSpec) -> Iterator[None]:
+    """Turn whatever a model's own code raises inside into a ModelError; what the machine does to it stays as it is.
+
+    Not only Exception: a native library's panic or a call of `sys.exit` would end the thread it is in, unheard. In the main
+    thread these two are the caller's, who was interrupted.
+    """
+    try:
+        yield
+    except (PathologyError, MemoryError):
+        raise
+    except BaseException as error:
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        if interrupted and threading.current_thread() is threading.main_thread():
+            raise
+        if (isinstance(error, OSError) and error.errno in DISK_ERRORS) or poisoned(error):
+            raise
+        raise ModelError(f"model {spec.name} raised {type(error).__name__}: {one_line(error)}") from error
 
 
 def check_scores(spec: ModelSpec, batch: int, scores: object) -> None:
