@@ -15,6 +15,9 @@ KILLS_BORNE = 10
 # Slides that hang, in a row and with no region done in between, before the run stops: then what they lie on hangs.
 HANGS_BORNE = 5
 
+# How compressors say that they found no memory.
+NOT_ENOUGH = "not enough memory"
+
 # Reason and advice for a slide whose task has died twice.
 FATAL = {
     Death.CRASH: (Reason.CRASHED, "the file or the model crashes a native library: leave it out, or write the file anew"),
@@ -29,7 +32,7 @@ def death_of(done: Done) -> Death | None:
     """What ended a task without an answer or an error of its own; None where it had one. Want of memory is no answer."""
     if isinstance(done.error, WorkerDied):
         return done.error.death
-    if isinstance(done.error, MemoryError):
+    if isinstance(done.error, MemoryError) or (isinstance(done.error, RuntimeError) and NOT_ENOUGH in str(done.error)):
         return Death.MEMORY
     return Death.CRASH if done.died else None
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from pathology.alive import known_dead, mark
 from pathology.errors import EnvironmentFault, Fault
-from pathology.faults import TRANSIENT, retried
+from pathology.faults import TRANSIENT, retried, used_up
 from pathology.pulse import under_way
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # Errors of a disk or share, not of a slide.
-DISK_ERRORS = TRANSIENT | FULL | {errno.EEXIST, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_ERRORS = TRANSIENT | FULL | {errno.EEXIST, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK}
 
 # Temporary files of processes elsewhere, of which nothing can be known, are taken for litter after this long.
 LITTER_S = 24 * 3600.0
@@ -183,10 +183,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def output_faults(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or vanished disk under `path` into an EnvironmentFault, which fails no slide."""
+    """Turn a full, read-only or vanished disk under `path`, or want of memory, into an EnvironmentFault: it fails no slide."""
     try:
         yield
     except OSError as error:
+        if (lack := used_up(error)) is not None:
+            raise lack from error
         if error.errno not in DISK_ERRORS:
             raise
         room = f" ({free_bytes(path.parent)} bytes are free)" if error.errno in FULL else ""

@@ -1,6 +1,7 @@
 """Errors of disks and shares: those that may pass, those that tell of a share that is gone, and those of one file.
 
-Promise: what may pass is tried again a few times and then told; a share that is gone is never blamed on a slide.
+Promise: what may pass is tried again a few times and then told; a share that is gone, or a machine that has no more of
+something, is never blamed on a slide.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ OF_A_SHARE = frozenset(
         *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN),
         *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
         *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+        # A ticket that has expired, a server's own disk, a link to it that is cut. Not every system has all of these.
+        *(getattr(errno, name) for name in ("EKEYEXPIRED", "ENOKEY", "EREMOTEIO", "ENOLINK") if hasattr(errno, name)),
     )
 )
+# What a process or the whole machine has no more of: by errno, and as Python says it of threads, without one.
+USED_UP = {
+    errno.EMFILE: (Fault.MACHINE, "allow more open files (ulimit -n), or fewer --num-workers"),
+    errno.ENFILE: (Fault.MACHINE, "end what holds so many files open"),
+    errno.ENOMEM: (Fault.NO_MEMORY, "free memory, or allow more (ulimit -v)"),
+}
+NO_THREAD = "can't start new thread"
 # Another try may do: a server that starts again, a path that is looked up anew, a sector that is read at last.
 TRANSIENT = OF_A_SHARE | {errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 # Between two tries.
@@ -61,6 +71,17 @@ def system_error(error: BaseException | None) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
+def used_up(error: BaseException | None) -> EnvironmentFault | None:
+    """The machine's fault where `error` says that it has no more descriptors, threads or memory; None where it does not."""
+    code = system_error(error)
+    if code in USED_UP:
+        fault, remedy = USED_UP[code]
+        return EnvironmentFault(f"{os.strerror(code)}: {remedy}; then run the same again", fault)
+    if isinstance(error, RuntimeError) and NO_THREAD in str(error):
+        return EnvironmentFault(f"{NO_THREAD}: allow more processes or memory (ulimit -u, ulimit -v); then run the same again")
+    return None
+
+
 def probe(path: Path) -> None:
     """Raise the OSError that opening and reading `path` meets, if any, after some tries."""
 
@@ -75,10 +96,12 @@ def probe(path: Path) -> None:
 
 
 def read_fault(name: str, path: Path, error: OSError) -> SlideError | EnvironmentFault:
-    """What it means that an open slide can no longer be read, after some tries: a fault of its share, or of the one file.
+    """What it means that an open slide can no longer be read, after some tries: a fault of share, machine, or the one file.
 
     name  for the message
     """
+    if (fault := used_up(error)) is not None:
+        return fault
     if why := share_gone(path, path.parent, error.errno):
         return _gone(why)
     tries = f", tried {len(WAITS_S) + 1} times" if error.errno in TRANSIENT else ""
@@ -87,12 +110,14 @@ def read_fault(name: str, path: Path, error: OSError) -> SlideError | Environmen
 
 
 def share_fault(error: SlideError, path: Path, root: Path) -> EnvironmentFault | None:
-    """The fault of the share to which a slide's failure to open comes down; None where it is the slide's own.
+    """The fault of the share, or machine, to which a slide's failure to open comes down; None where it is the slide's own.
 
     root  the folder or file through which the slide was found
     """
     if error.reason not in AS_IF_GONE:
         return None
+    if (fault := used_up(error)) is not None:
+        return fault
     why = share_gone(path, root, system_error(error))
     return _gone(why) if why else None
 

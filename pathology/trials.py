@@ -11,6 +11,7 @@ from typing import Any
 
 from pathology import worker
 from pathology.errors import ModelError, PathologyError, first_line, one_line
+from pathology.faults import used_up
 from pathology.finish import MANIFEST
 from pathology.job import Job
 from pathology.model import ModelSpec
@@ -90,5 +91,7 @@ def _raise_model_error(job: Job, done: Done) -> None:
     """Raise what a trial of the job's model ended with, if it is an error."""
     if isinstance(done.error, PathologyError):
         raise done.error
+    if (fault := used_up(done.error)) is not None:
+        raise fault from done.error
     if done.error is not None:
         raise ModelError(f"model {job.model} failed on made-up tiles: {first_line(done.error)}") from done.error

@@ -21,6 +21,7 @@ from pathology.deaths import Deaths, death_of, fatal, how
 from pathology.durable import DISK_ERRORS
 from pathology.errors import EnvironmentFault, Fault, ModelError, Reason, SlideError, UsageError, first_line
 from pathology.events import emit
+from pathology.faults import used_up
 from pathology.job import Job
 from pathology.lease import Leases, Owner
 from pathology.outcome import Interrupted, Outcome, Progress
@@ -404,6 +405,8 @@ class Window:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
+        if (fault := used_up(error)) is not None:
+            raise fault from error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             what = "a disk or share" if error.filename is None else f"the disk or share of {error.filename}"
             raise EnvironmentFault(f"{what} does not answer: {error.strerror}; see to it, then run the same again") from error

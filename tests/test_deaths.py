@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -15,7 +16,7 @@ import pathology
 from pathology import deaths, slide_worker, worker
 from pathology.calls import Death, WorkerDied
 from pathology.deaths import HANGS_BORNE, KILLS_BORNE, Deaths
-from pathology.errors import EnvironmentFault, ModelError, Reason
+from pathology.errors import EnvironmentFault, Fault, ModelError, Reason
 from pathology.finish import read_manifest
 from pathology.lease import Leases
 from pathology.outcome import Outcome
@@ -224,6 +225,28 @@ def test_want_of_memory_gets_a_second_try_alone(jobs: list[pathology.Job]) -> No
     script = [MemoryError()]
     again = Mortal(lambda *task: script.pop() if of(*task, "s3") and script else None)
     assert ends(jobs[3:4], again)["s3"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), Fault.MACHINE),
+        (OSError(errno.ENFILE, "Too many open files in system"), Fault.MACHINE),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Fault.NO_MEMORY),
+        (RuntimeError("can't start new thread"), Fault.MACHINE),
+    ],
+)
+def test_what_the_machine_has_no_more_of_fails_no_slide(jobs: list[pathology.Job], error: Exception, fault: Fault) -> None:
+    for function in (worker.run_regions, worker.check_model):
+        with pytest.raises(EnvironmentFault, match=str(error.args[-1])) as caught:
+            ends(jobs[:2], Mortal(lambda task, _, function=function: error if task is function else None))  # type: ignore[misc]
+        assert caught.value.fault is fault
+
+
+def test_a_library_without_memory_gets_a_second_try_alone(jobs: list[pathology.Job]) -> None:
+    script = [RuntimeError("Zstd compression error: Allocation error : not enough memory")]
+    tasks = Mortal(lambda *task: script.pop() if script and of(*task, "s1") else None)
+    assert {outcome.status for outcome in ends(jobs[:2], tasks).values()} == {"ok"}
 
 
 def test_an_output_that_hangs_fails_no_slide(jobs: list[pathology.Job]) -> None:

@@ -19,7 +19,7 @@ from test_direct import reader_of
 from pathology import Job, durable, faults, slide_worker
 from pathology.alive import mark
 from pathology.durable import new_file, write_file
-from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError
+from pathology.errors import EnvironmentFault, Fault, PathologyError, Reason, SlideError
 from pathology.events import emit, read_events
 from pathology.faults import WAITS_S, retried, share_gone
 from pathology.geometry import Box
@@ -402,3 +402,31 @@ def test_an_error_of_the_disk_that_nobody_expected_fails_no_slide(jobs: list[Job
     monkeypatch.setattr(slide_worker, "open_work", fail)
     with pytest.raises(PathologyError, match=r"Input/output error.*run the same again"):
         list(run(jobs[:1], "sync"))
+
+
+@pytest.mark.fault("F27")
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_want_of_descriptors_or_memory_is_not_blamed_on_slide_or_output(
+    code: int, slide_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = Fault.NO_MEMORY if code == errno.ENOMEM else Fault.MACHINE
+    with open_slide(slide_path) as slide:
+        reader_of(slide)._pread = Failing(os.pread, code)
+        with pytest.raises(EnvironmentFault, match=os.strerror(code)) as caught:
+            slide.read(0, Box(0, 0, 8, 8))
+        assert caught.value.fault is fault
+    refused = SlideError(Reason.READ_ERROR, "cannot be opened")
+    refused.__cause__ = OSError(code, os.strerror(code))
+    told = faults.share_fault(refused, slide_path, slide_path.parent)
+    assert told is not None
+    assert told.fault is fault
+    monkeypatch.setattr(durable, "_write_all", Failing(durable._write_all, code))
+    with pytest.raises(EnvironmentFault, match=os.strerror(code)) as caught:
+        write_file(tmp_path / "f", b"x")
+    assert caught.value.fault is fault
+
+
+@pytest.mark.fault("F27")
+@pytest.mark.parametrize("code", [errno.EKEYEXPIRED, errno.ENOKEY, errno.EREMOTEIO, errno.ENOLINK])
+def test_a_ticket_that_has_expired_is_the_shares_fault(code: int, slide_path: Path) -> None:
+    assert os.strerror(code) in share_gone(slide_path, slide_path.parent, code)

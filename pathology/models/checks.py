@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pathology.device import poisoned
 from pathology.durable import DISK_ERRORS
 from pathology.errors import ModelError, PathologyError, one_line
+from pathology.faults import used_up
 from pathology.model import Model, ModelSpec, answer
 from pathology.stain import made_up_stains
 
@@ -31,7 +32,7 @@ def raised_by_model(spec: ModelSpec) -> Iterator[None]:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         if interrupted and threading.current_thread() is threading.main_thread():
             raise
-        if (isinstance(error, OSError) and error.errno in DISK_ERRORS) or poisoned(error):
+        if (isinstance(error, OSError) and error.errno in DISK_ERRORS) or used_up(error) is not None or poisoned(error):
             raise
         raise ModelError(f"model {spec.name} raised {type(error).__name__}: {one_line(error)}") from error
 
@@ -88,6 +89,8 @@ def warm_up(model: Model, batch_size: int) -> None:
     except PathologyError:
         raise
     except Exception as error:  # a model's own code
+        if (fault := used_up(error)) is not None:
+            raise fault from error
         raise ModelError(f"model {spec.name} failed on made-up tiles: {type(error).__name__}: {one_line(error)}") from error
     check_scores(spec, batch_size, scores)
     if what := unsound(spec, scores):
