@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathology.calls import Calls, Death, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
-from pathology.pulse import show_in
+from pathology.errors import first_line
+from pathology.pulse import beat, show_in
 from pathology.watch import Limits, Pulses, death_by, killed_for_memory, overweight
 
 # What a worker begins with. Torch alone has threads of its own, by `set_threads`. Freed memory of tiles, and of what networks
@@ -97,6 +98,11 @@ class WorkerPair:
             started.kill(why)
             raise why.again() from told
 
+    @property
+    def busy(self) -> bool:
+        """Whether any call is not yet answered."""
+        return self._started.busy
+
     def close(self) -> None:
         """Kill both: what they still do is abandoned, and its callers get WorkerDied."""
         with self._lock:
@@ -146,6 +152,10 @@ class _Started:
     def gone(self) -> bool:
         return self._killed or any(calls.gone for calls in self._calls.values())
 
+    @property
+    def busy(self) -> bool:
+        return any(calls.busy for calls in self._calls.values())
+
     def greet(self, environment: Mapping[str, str]) -> None:
         for kind in MODULES if environment else ():
             self.ask(kind, _set_variables, environment)
@@ -168,8 +178,7 @@ class _Started:
 
     def too_much(self, passed: float, limits: Limits) -> WorkerDied | None:
         """Which of its limits they have passed, None for none; to be asked every `passed` seconds."""
-        busy = any(calls.busy for calls in self._calls.values())
-        overdue = self._pulses.overdue(passed, busy, limits)
+        overdue = self._pulses.overdue(passed, self.busy, limits)
         return overdue or overweight((process.pid for process in self._processes.values()), limits)
 
     def why(self, told: WorkerDied | None = None) -> WorkerDied:
@@ -209,13 +218,20 @@ def prestart() -> None:
     _prestarted.append(_Started())
 
 
-def _load(module: str) -> None:
-    """Import what takes longest. What is there then stays, and is left out whenever garbage is looked for from now on."""
+def _load(module: str, others: threading.Event) -> None:
+    """Import what takes longest. What is there then stays, and is left out whenever garbage is looked for from now on.
+
+    A process that cannot load what it needs ends, so that its holder is told. `others`: all else is loaded.
+    """
     try:
         importlib.import_module(module)
-    finally:
-        gc.freeze()
-        gc.enable()
+    except BaseException as error:
+        sys.stderr.write(f"{module} cannot be loaded: {first_line(error)}\n")
+        os._exit(1)
+    gc.freeze()
+    gc.enable()
+    others.wait()
+    beat()
 
 
 def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
@@ -231,9 +247,11 @@ def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the caller decides when to stop, and takes this process along
     first, *others = MODULES[kind]
-    threading.Thread(target=_load, args=(first,), daemon=True).start()
+    loaded = threading.Event()
+    threading.Thread(target=_load, args=(first, loaded), daemon=True).start()
     for module in others:
         importlib.import_module(module)
+    loaded.set()
     threads = ThreadPoolExecutor()
     beside, shared = Connection(int(link)), SharedMemory(int(memory))
     if kind == "device":

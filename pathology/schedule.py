@@ -8,6 +8,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import queue
+import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -28,6 +30,8 @@ REGIONS_A_WORKER = 2
 SLOTS: dict[Kind, int] = {"device": REGIONS_A_WORKER, "slides": 2}
 # Name of the plugin by which a Dask worker knows its processes.
 OWN_PROCESSES = "own-processes"
+# Tasks that reach none of the processes for so long, while these have nothing to do, never will.
+LOST_S = 60.0
 SCHEDULERS = "sync, threads, processes, tls://HOST:PORT, or tcp://127.0.0.1:PORT"
 # Where Dask's own programs look for certificates as well; also set by DASK_DISTRIBUTED__COMM__TLS__CA_FILE and its like.
 CERTIFICATES = {
@@ -105,6 +109,10 @@ class OnDask:
         self._pairs = pairs
         self._deaths: tuple[type[BaseException], ...] = (KilledWorker, WorkerDied)
         self._futures: dict[object, Any] = {}
+        self._lost = False
+        self._closed = threading.Event()
+        if self.apart:
+            threading.Thread(target=self._watch, name="lost-tasks", daemon=True).start()
 
     def submit(self, token: object, function: Callable[..., Any], *arguments: Any, kind: Kind = "device") -> None:
         options: dict[str, Any] = {"key": f"task-{uuid.uuid4().hex}", "pure": False, "retries": 0}
@@ -115,8 +123,28 @@ class OnDask:
         self._futures[token] = future
         future.add_done_callback(lambda done: self._end(token, done))
 
+    def _watch(self) -> None:
+        """End all tasks where they no longer reach the processes: Dask's own threads may be out of memory, and tell nobody."""
+        idle_s, last = 0.0, time.monotonic()
+        while not self._closed.wait(LOST_S / 60):
+            # Of a time in which this process itself stood still nothing counts.
+            last, passed = (now := time.monotonic()), min(now - last, LOST_S / 30)
+            waiting = list(self._futures)
+            idle_s = idle_s + passed if waiting and not any(pair.busy for pair in self._pairs) else 0.0
+            if idle_s <= LOST_S:
+                continue
+            lost = EnvironmentFault(
+                f"tasks reached no worker process for {LOST_S:g} s; see that there is memory (ulimit -v); then run it again"
+            )
+            self._lost = True
+            for token in waiting:
+                self.done.put(Done(token, error=lost))
+            return
+
     def _end(self, token: object, future: Any) -> None:
         self._futures.pop(token, None)
+        if self._lost:  # all were told
+            return
         try:
             # Waits again where the worker died after the task's end and before its value was fetched: Dask then repeats it.
             done = Done(token, value=future.result())
@@ -136,6 +164,7 @@ class OnDask:
         return max(1, sum(threads.values()))
 
     def close(self) -> None:
+        self._closed.set()
         # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
         for pair in self._pairs:
             pair.close()

@@ -23,6 +23,8 @@ from pathology.pulse import PAGE_BYTES, SLOTS, TICKS, WORDS, Kind
 
 # Of the machine's memory, or the cgroup's; who takes more will be killed by the system, or have something else be killed.
 MEMORY_SHARE = 0.9
+# A process that still loads its libraries may take so long, where that is more than a region may.
+START_S = 600.0
 # Signals by which native code ends its own process. Others come from outside.
 OWN_SIGNALS = frozenset(
     (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP)
@@ -73,6 +75,8 @@ class Pulses:
         self._stood = np.where((now == self._last) & (now > 0), self._stood + passed, 0.0)
         self._still = self._still + passed if busy and (now[:, 0] == self._last[:, 0]).all() else 0.0
         self._last = now
+        # It beats first when all is loaded, and that begins the time anew.
+        region_s = limits.region_s if now[:, 0].all() else max(limits.region_s, START_S)
         if self._longest("read") > limits.read_s:
             return WorkerDied(f"a read of the slide did not come back within {limits.read_s:g} s", Death.READ)
         # Where all wait for the output, both have stood for about as long. A write in a process that a native call holds as a
@@ -81,8 +85,8 @@ class Pulses:
         writing = self._longest("write", self._stood[:, TICKS] < longest / 2)
         if writing > longest or (self._still > longest and writing > longest / 2):
             return WorkerDied(f"the output took nothing for {longest:g} s", Death.WRITE)
-        if self._still > limits.region_s:
-            return WorkerDied(f"nothing came on for {limits.region_s:g} s", Death.STILL)
+        if self._still > region_s:
+            return WorkerDied(f"nothing came on for {region_s:g} s", Death.STILL)
         return None
 
     def _longest(self, kind: Kind, processes: NDArray[np.bool_] | slice = slice(None)) -> float:

@@ -149,6 +149,13 @@ def test_the_environment_is_there_again_after_a_death() -> None:
         assert call(os.getenv, "SEEN") == "yes"
 
 
+def test_one_that_cannot_load_its_libraries_ends_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('failed to map segment from shared object')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with closing(WorkerPair()) as pair, pytest.raises(WorkerDied, match="for a device ended with code 1"):
+        pair.call("device", time.sleep, 60)
+
+
 def test_a_closed_pair_takes_no_calls(pair: WorkerPair, call: Call) -> None:
     pid = call(os.getpid)
     pair.close()

@@ -10,13 +10,14 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 import pathology
-from pathology import slide_worker, worker
+from pathology import schedule, slide_worker, worker
 from pathology.errors import EnvironmentFault, ModelError, Reason, SlideError, UsageError
 from pathology.finish import read_manifest
 from pathology.integrity import verify
@@ -253,6 +254,39 @@ def test_a_value_lost_with_its_worker_is_waited_for_again_and_a_death_is_a_death
     assert killed.died
     assert (raised.error, raised.died) == (ends[2], False)
     assert (type(cancelled.error), cancelled.died) == (EnvironmentFault, False)
+
+
+class Idle:
+    """A pair of processes that nothing ever reaches."""
+
+    busy = False
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class Deaf:
+    """A client whose tasks stay where they are."""
+
+    def submit(self, *_: Any, **__: Any) -> Deaf:
+        return self
+
+    def add_done_callback(self, _: Any) -> None:
+        """It never ends."""
+
+    def close(self, timeout: float) -> None:
+        """There is nothing to close."""
+
+
+def test_tasks_that_reach_no_process_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "LOST_S", 0.5)
+    tasks = schedule.OnDask(Deaf(), pairs=[Idle()])  # type: ignore[list-item]
+    tasks.submit("first", len)
+    tasks.submit("second", len)
+    told = [tasks.done.get(timeout=20) for _ in range(2)]
+    tasks.close()
+    assert {done.token for done in told} == {"first", "second"}
+    assert all(isinstance(done.error, EnvironmentFault) for done in told)
 
 
 def test_a_model_that_does_not_load_ends_the_run_before_the_first_slide(reference_job: pathology.Job, tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ def pulses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pulses]:
     monkeypatch.setattr(pulse, "_page", None)
     monkeypatch.setattr(pulse, "_tick", lambda _: None)  # by hand
     pulses = Pulses(2)
-    pulse.show_in(pulses.descriptor, 1)
+    for number in range(2):
+        pulse.show_in(pulses.descriptor, number)
+        beat()  # all is loaded
     yield pulses
     os.close(pulses.descriptor)
 
@@ -112,6 +114,25 @@ def test_where_nothing_comes_on_only_waiting_counts(pulses: Pulses) -> None:
     assert death(pulses, 99) is Death.STILL
     assert death(pulses, 99, busy=False) is None
     assert death(pulses, 99) is None
+
+
+@pytest.mark.fault("F25")
+def test_what_a_process_takes_to_load_its_libraries_is_no_standstill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "_page", None)
+    monkeypatch.setattr(pulse, "_tick", lambda _: None)
+    monkeypatch.setattr(watch, "START_S", 500)
+    pulses = Pulses(2)
+    for number in range(2):
+        pulse.show_in(pulses.descriptor, number)
+        assert death(pulses, 240) is None
+    beat()
+    pulse.show_in(pulses.descriptor, 0)
+    assert death(pulses, 99) is None
+    beat()
+    assert death(pulses, 99) is None  # now both are loaded
+    assert death(pulses, 99) is None
+    assert death(pulses, 99) is Death.STILL
+    os.close(pulses.descriptor)
 
 
 def test_more_calls_at_once_than_there_is_room_for_go_unseen(pulses: Pulses, monkeypatch: pytest.MonkeyPatch) -> None:
