@@ -7,9 +7,11 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from pathology.errors import UsageError
+from pathology.errors import EnvironmentFault, Fault, UsageError
+from pathology.faults import TRANSIENT, retried
 from pathology.job import slide_id, slug
 from pathology.readers.dicom import WHOLE_SLIDE, Instance, folder_instances, may_be_dicom, name_instance, read_instance
 
@@ -18,6 +20,8 @@ SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", "
 PICTURES = {".png", ".jpg", ".jpeg"}
 # What the folder of a slide's results holds, as `pathology.finish.TISSUE_FILES`, whose import takes long.
 OF_RESULTS = {"tissue.geojson", "tissue.png"}
+# What a check of a file system has left: closed to all but root, and nobody's slides.
+ORPHANS = "lost+found"
 SLIDE_COLUMNS = ("slide", "wsi")
 OWN_COLUMNS = {*SLIDE_COLUMNS, "slide_mpp", "id", "mask", "roi"}
 
@@ -47,17 +51,18 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
 
     A DICOM series of whole-slide images is one slide, however many of its files are found or named. In a folder that is
     searched results of earlier runs are left out, links to folders are not followed, and a link to a slide that is found by
-    itself is not a second one.
+    itself is not a second one. A folder that may not be listed stands as an entry of its own, for the reader to refuse.
 
     out       an output folder inside a searched folder is left out
     pictures  search folders for PNG and JPEG as well: they state no resolution, so only with --slide-mpp
 
-    Raises UsageError for equal ids, for a series in two places, for a broken slide list, and where nothing is found.
+    Raises UsageError for equal ids, for a series in two places, for a broken slide list, and where nothing is found;
+    EnvironmentFault where what a folder lies on does not answer.
     """
     entries: list[SlideEntry] = []
     folders: dict[Path, tuple[Instance, ...]] = {}
     for name in (Path(n).absolute() for n in named):  # a worker elsewhere has another working directory
-        if name.is_dir():
+        if _is_folder(name):
             entries += _without_links(_folder(name, out, SUFFIXES | PICTURES if pictures else SUFFIXES))
         elif name.suffix.lower() == ".csv":
             entries += _slide_list(name)
@@ -87,14 +92,22 @@ def share(entries: Sequence[SlideEntry], number: int, of: int) -> list[SlideEntr
 
 def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[SlideEntry]:
     skipped = None if out is None else out.resolve()
-    for at, folders, files in os.walk(folder):
-        if {*files} >= OF_RESULTS:
-            folders.clear()
+    waiting = [folder]
+    while waiting:
+        at = waiting.pop()
+        try:
+            folders, files = _listed(at)
+        except FileNotFoundError:  # removed since it was seen
             continue
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(at) / f).resolve() != skipped)
+        except OSError:
+            yield SlideEntry(at, slide_id(at.relative_to(folder).as_posix() if at != folder else at.name), folder)
+            continue
+        if {*files} >= OF_RESULTS:
+            continue
+        waiting += (at / f for f in folders if not f.startswith(".") and f != ORPHANS and (at / f).resolve() != skipped)
         series: dict[str, list[Instance]] = {}
         for name in sorted(files):
-            path = Path(at) / name
+            path = at / name
             known = Path(name).suffix.lower() in suffixes
             if name.startswith(".") or not (known or may_be_dicom(name)):
                 continue
@@ -109,6 +122,34 @@ def _folder(folder: Path, out: Path | None, suffixes: set[str]) -> Iterator[Slid
                 yield SlideEntry(path, slide_id(path.relative_to(folder).as_posix()), folder)
         for uid in sorted(series):
             yield _series(series[uid], folder)
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders in `folder`, last first, as a stack takes them, and of the files; links to folders are neither.
+
+    Raises EnvironmentFault where what it lies on does not answer, otherwise OSError where it may not be listed.
+    """
+    try:
+        entries = retried(partial(_entries, folder))
+    except OSError as error:
+        if error.errno not in TRANSIENT:
+            raise
+        message = f"folder {folder} cannot be listed ({error.strerror}); mount it or restore access, then run the same again"
+        raise EnvironmentFault(message, Fault.SHARE_GONE) from error
+    folders = sorted((entry.name for entry in entries if _is_folder(entry) and not entry.is_symlink()), reverse=True)
+    return folders, sorted(entry.name for entry in entries if not _is_folder(entry))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _is_folder(path: Path | os.DirEntry[str]) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # for the reader to say
+        return False
 
 
 def _without_links(found: Iterator[SlideEntry]) -> Iterator[SlideEntry]:

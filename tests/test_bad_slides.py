@@ -6,6 +6,7 @@ Rows of the catalogue of faults that other files show as well carry the same mar
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -486,6 +487,55 @@ def test_S33_links_are_followed_to_files_and_not_to_folders(tmp_path: Path) -> N
     done = command("check", folder, "--json")
     reasons = {Path(v["slide"]).name: v.get("reason", "") for v in map(json.loads, done.output.splitlines())}
     assert reasons == {"s.svs": "", "hard.svs": "", "other.svs": "", "round.svs": "missing", "nowhere.svs": "missing"}
+
+
+def closed(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> Path:
+    """`folder` as its share or its rights let nobody list it, root included."""
+    listed = os.scandir
+
+    def refuse(path: str | Path | int = ".") -> Iterator[os.DirEntry[str]]:
+        if not isinstance(path, int) and Path(path) == folder:
+            raise OSError(code, os.strerror(code), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return folder
+
+
+@pytest.mark.parametrize("at", ["b", "b/c", "."])
+def test_a_folder_that_may_not_be_listed_is_a_row_and_the_others_run(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "slides"
+    for name in ("a", "b/c", "lost+found"):
+        (folder / name).mkdir(parents=True)
+    write_tiff(folder / "a" / "s.svs", [smooth_pixels(128, 128)])
+    write_tiff(folder / "b" / "c" / "t.svs", [smooth_pixels(128, 128)])
+    unlisted = closed(folder / at, monkeypatch, errno.EACCES)
+    done = run(folder, "--out", tmp_path / "out", "--tissue", "none")
+    assert done.exit_code == 1, done.output
+    (failed,) = [row for row in rows(tmp_path / "out").values() if row["status"] == "failed"]
+    assert (failed["slide"], failed["reason"]) == (str(unlisted), "permission")
+    assert ("s.svs" in rows(tmp_path / "out")) == (at != ".")
+
+
+def test_a_folder_closed_as_lost_and_found_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "s.svs").touch()
+    closed(tmp_path / "lost+found", monkeypatch, errno.EACCES)
+    assert [entry.path.name for entry in find_slides([tmp_path])] == ["s.svs"]
+
+
+def test_a_folder_on_a_share_that_does_not_answer_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "s.svs").touch()
+    closed(tmp_path / "b", monkeypatch, errno.ESTALE)
+    waits: list[float] = []
+    monkeypatch.setattr("pathology.faults.time.sleep", waits.append)
+    done = run(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 3, done.output
+    assert f"folder {tmp_path / 'b'} cannot be listed" in done.output
+    assert len(waits) == 3  # it may pass
 
 
 @pytest.mark.fault("S34")
