@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import struct
+import threading
 import unicodedata
 import zlib
 from collections import Counter
@@ -601,6 +602,72 @@ def test_every_row_of_bad_slides_has_a_test() -> None:
     marked = [line for file in Path(__file__).parent.glob("test_*.py") for line in file.read_text().splitlines()]
     shown = {row for line in marked if line.strip().startswith("@pytest.mark.fault(") for row in re.findall(r'"(S\d\d)"', line)}
     assert shown == rows
+
+
+# --- files that do not answer, before any slide is opened
+
+
+@pytest.fixture
+def no_answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names of files whose opening does not come back before the test ends."""
+    names: set[str] = set()
+    over = threading.Event()
+    opened = os.open
+
+    def wait(path: str | Path, *arguments: int) -> int:
+        if Path(path).name in names:
+            over.wait(300)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr("pipelines.slides.ANSWER_S", 0.5)
+    monkeypatch.setattr(os, "open", wait)
+    yield names
+    over.set()
+
+
+def test_a_file_that_does_not_answer_is_left_to_its_reader(no_answer: set[str], tmp_path: Path) -> None:
+    write_series(tmp_path, "1.2.3", smooth_pixels(300, 300))
+    (tmp_path / "x.dcm").touch()
+    no_answer.add("x.dcm")
+    assert {entry.path.name for entry in find_slides([tmp_path])} == {"0.dcm", "x.dcm"}
+    assert [entry.path.name for entry in find_slides([tmp_path / "x.dcm"])] == ["x.dcm"]
+
+
+def test_a_second_file_that_does_not_answer_is_its_share(no_answer: set[str], tmp_path: Path) -> None:
+    for name in ("x.dcm", "y.dcm", "s.svs"):
+        (tmp_path / name).touch()
+    no_answer |= {"x.dcm", "y.dcm"}
+    done = run(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 3, done.output
+    assert "does not answer" in done.output
+
+
+def test_a_file_with_a_slides_ending_is_not_opened_by_a_search(no_answer: set[str], tmp_path: Path) -> None:
+    (tmp_path / "s.svs").touch()
+    (tmp_path / "list.csv").write_text("slide\ns.svs\n")
+    no_answer |= {"s.svs"}
+    for named in (tmp_path, tmp_path / "s.svs", tmp_path / "list.csv"):
+        assert [entry.path.name for entry in find_slides([named])] == ["s.svs"]
+
+
+def test_a_list_that_does_not_answer_is_its_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("slide\ns.svs\n")
+    over = threading.Event()
+    monkeypatch.setattr("pipelines.slides.ANSWER_S", 0.5)
+    monkeypatch.setattr("pipelines.slides.csv.DictReader", lambda file: over.wait(300))
+    try:
+        done = run(tmp_path / "list.csv", "--out", tmp_path / "out")
+    finally:
+        over.set()
+    assert done.exit_code == 3, done.output
+    assert "list.csv' does not answer" in done.output
+
+
+def test_a_pipe_is_no_slide_list(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.csv")
+    done = command("check", tmp_path / "list.csv")
+    assert done.exit_code == 2, done.output
+    assert "is no file" in done.output
 
 
 # --- quickly
