@@ -271,7 +271,7 @@ def _one_a_series(entries: Sequence[SlideEntry]) -> Iterator[SlideEntry]:
 def _slide_list(path: Path, looks: _Looks) -> Iterator[SlideEntry]:
     try:
         columns, rows = _in_time(path, partial(_table, path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"slide list {path} cannot be read ({error}); give a CSV file in UTF-8") from error
     name = next((c for c in SLIDE_COLUMNS if c in columns), None)
     if name is None:
@@ -281,6 +281,8 @@ def _slide_list(path: Path, looks: _Looks) -> Iterator[SlideEntry]:
             raise UsageError(f"slide list {path}, line {number}: not as many fields as the header has columns")
         if not row[name].strip():
             raise UsageError(f"slide list {path}, line {number}: column {name} is empty")
+        if bad := next((c for c in (name, "mask", "roi") if "\0" in row.get(c, "")), None):
+            raise UsageError(f"slide list {path}, line {number}: column {bad} holds {row[bad]!r}, which no file can be called")
         slide = path.parent / row[name].strip()  # an absolute path stays as it is
         instance = _named_instance(slide, looks)
         yield SlideEntry(

@@ -36,7 +36,8 @@ from pathology.apart import Apart
 from pathology.errors import Reason, SlideError
 from pathology.finish import TISSUE_FILES
 from pathology.geometry import Box
-from pathology.job import ReaderName
+from pathology.job import Job, ReaderName
+from pathology.outcome import Outcome
 from pathology.readers import open_slide, whole_hashes
 from pathology.readers.inspect import inspect_file
 from pathology.readers.plain import PlainReader
@@ -44,6 +45,7 @@ from pathology.thumbnail import thumbnail
 from pathology.tissue import find_tissue
 from pipelines.cli import main
 from pipelines.slides import OF_RESULTS, find_slides
+from pipelines.summary import read_failure, write_failure
 
 MODEL = "pathology.testing:mean_colour?tile_px=64&mpp=0.5"
 READERS: list[ReaderName] = ["direct", "openslide"]
@@ -668,6 +670,32 @@ def test_a_pipe_is_no_slide_list(tmp_path: Path) -> None:
     done = command("check", tmp_path / "list.csv")
     assert done.exit_code == 2, done.output
     assert "is no file" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("slide\ns\0.svs\n", "line 2: column slide"),
+        ("slide,mask\ns.svs,\ns.svs,m\0.png\n", "line 3: column mask"),
+        ("slide,roi\ns.svs,\0\n", "line 2: column roi"),
+        ("slide,note\ns.svs," + "x" * 131_073 + "\n", "field larger than field limit"),
+    ],
+    ids=["slide", "mask", "roi", "long"],
+)
+def test_cells_of_a_slide_list_that_name_no_file_are_one_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    done = run(tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+def test_a_failure_of_a_path_that_no_file_can_have_is_kept(tmp_path: Path) -> None:
+    job = Job(slide="s\0.svs", slide_id="s", root=str(tmp_path), model="m", out=str(tmp_path))
+    write_failure(Outcome(job, "failed", reason=Reason.MISSING, message="no file name"), "m")
+    kept = read_failure(job, "m")
+    assert kept is not None
+    assert kept.reason is Reason.MISSING
 
 
 # --- quickly
