@@ -1,5 +1,8 @@
-"""From what the user named to slides: files, folders, slide lists. Promise: each has an id of its own, and no file that is opened,
-and no folder that is listed to find them, holds the search up for longer than a deadline."""
+"""From what the user named to slides: files, folders, slide lists.
+
+Promise: each has an id of its own, and no file that is opened, nor folder that is listed, to find them holds the search up for
+longer than a deadline.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ T = TypeVar("T")
 # The longest that the look at one file, or the list of one folder, may take: storage that is asleep takes long to answer.
 ANSWER_S = 120.0
 # What a folder is searched for, beside DICOM, which its content tells; a file that is named is tried whatever it is called.
-SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide"}
+SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".czi"}
 PICTURES = {".png", ".jpg", ".jpeg"}
 # What the folder of a slide's results holds, as `pathology.finish.TISSUE_FILES`, whose import takes long.
 OF_RESULTS = {"tissue.geojson", "tissue.png"}
@@ -60,7 +63,8 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
 
     A DICOM series of whole-slide images is one slide, however many of its files are found or named. In a folder that is
     searched results of earlier runs are left out, links to folders are not followed, and a link to a slide that is found by
-    itself is not a second one. A folder that may not be listed stands as an entry of its own, for the reader to refuse.
+    itself is not a second one. Nor is a slide that is named or found again; what a slide list says of it counts. A folder that
+    may not be listed stands as an entry of its own, for the reader to refuse.
 
     out       an output folder inside a searched folder is left out
     pictures  search folders for PNG and JPEG as well: they state no resolution, so only with --slide-mpp
@@ -69,22 +73,29 @@ def find_slides(named: Sequence[str | Path], out: Path | None = None, pictures: 
     EnvironmentFault where what a folder lies on does not answer.
     """
     entries: list[SlideEntry] = []
+    listed: set[SlideEntry] = set()
     looks = _Looks()
     for name in (Path(n).absolute() for n in named):  # a worker elsewhere has another working directory
         if _is_folder(name):
             entries += _without_links(_folder(name, looks, out, SUFFIXES | PICTURES if pictures else SUFFIXES))
         elif name.suffix.lower() == ".csv":
-            entries += _slide_list(name, looks)
+            rows = list(_slide_list(name, looks))
+            entries += rows
+            listed.update(rows)
         else:
             entries.append(_file(name, looks))
     if not entries:
         known = ", ".join(sorted(SUFFIXES))
         raise UsageError(f"no slide found in {', '.join(str(n) for n in named)}; known are DICOM and the endings {known}")
-    entries = list(_one_a_series(entries))
+    entries = list(_one_a_series(list(_one_a_path(entries, listed))))
     seen: dict[str, Path] = {}
     for entry in entries:
         # Compared without case: the folders of two slides must differ on every file system.
         other = seen.setdefault(entry.slide_id.casefold(), entry.path)
+        if other == entry.path and other is not entry.path:
+            raise UsageError(
+                f"{other} is listed twice as {entry.slide_id}; list it once, or give each row of it an `id` of its own"
+            )
         if other is not entry.path:
             raise UsageError(
                 f"{other} and {entry.path} would both be called {entry.slide_id}; name the folder that holds both, "
@@ -174,7 +185,7 @@ def _without_links(found: Iterator[SlideEntry]) -> Iterator[SlideEntry]:
 def _target(link: Path) -> Path | None:
     try:
         return link.resolve(strict=True)
-    except (OSError, RuntimeError):  # to nowhere, or to itself: for the reader to say
+    except (OSError, RuntimeError, ValueError):  # to nowhere, or to itself: for the reader to say
         return None
 
 
@@ -252,6 +263,26 @@ def _named_instance(path: Path, looks: _Looks) -> Instance | None:
         return None
     instance = looks.instance(path)
     return instance if instance is not None and instance.of_slide else None
+
+
+def _one_a_path(entries: Sequence[SlideEntry], listed: set[SlideEntry]) -> Iterator[SlideEntry]:
+    """The entries, each file once, the first of it. Of a file that a slide list has, the list's rows alone, each of them once.
+
+    DICOM slides are left as they are: their files do not tell them apart.
+    """
+    by_lists = {_place(entry) for entry in listed}
+    seen: set[SlideEntry | Path] = set()
+    for entry in entries:
+        place = _place(entry)
+        key = replace(entry, path=place, root=place) if entry in listed else place
+        if not entry.series and (key in seen or (place in by_lists and entry not in listed)):
+            continue
+        seen.add(key)
+        yield entry
+
+
+def _place(entry: SlideEntry) -> Path:
+    return _target(entry.path) or entry.path
 
 
 def _one_a_series(entries: Sequence[SlideEntry]) -> Iterator[SlideEntry]:

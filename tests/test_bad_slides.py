@@ -33,7 +33,7 @@ from test_readers import handmade, refused
 
 from pathology import open_heatmap
 from pathology.apart import Apart
-from pathology.errors import Reason, SlideError
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.finish import TISSUE_FILES
 from pathology.geometry import Box
 from pathology.job import Job, ReaderName
@@ -604,6 +604,45 @@ def test_every_row_of_bad_slides_has_a_test() -> None:
     marked = [line for file in Path(__file__).parent.glob("test_*.py") for line in file.read_text().splitlines()]
     shown = {row for line in marked if line.strip().startswith("@pytest.mark.fault(") for row in re.findall(r'"(S\d\d)"', line)}
     assert shown == rows
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ("x/s.svs", "x/s.svs"),
+        ("x/s.svs", "x"),
+        ("x", "."),
+        (".", "x/s.svs"),
+        ("x/s.svs", "y/../x/s.svs"),
+        ("x", "y"),
+        ("x/s.svs", "list.csv"),
+        ("list.csv", "."),
+        (".", "list.csv"),
+        ("list.csv", "list.csv"),
+    ],
+    ids=" and ".join,
+)
+def test_a_slide_that_is_named_again_is_one_slide_as_a_list_has_it(named: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "s.svs").touch()
+    (tmp_path / "y").symlink_to("x")
+    (tmp_path / "list.csv").write_text("slide,id,note\nx/s.svs,mine,n\n")
+    (entry,) = find_slides([tmp_path / name for name in named])
+    assert (entry.slide_id == "mine") == (entry.columns == (("note", "n"),)) == ("list.csv" in named)
+
+
+def test_a_list_may_give_a_slide_several_ids_and_not_two_meanings(tmp_path: Path) -> None:
+    (tmp_path / "s.svs").touch()
+    (tmp_path / "list.csv").write_text("slide,id,roi\ns.svs,a,a.geojson\ns.svs,b,b.geojson\n")
+    assert [entry.slide_id for entry in find_slides([tmp_path / "list.csv", tmp_path])] == ["a", "b"]
+    (tmp_path / "list.csv").write_text("slide,roi\ns.svs,a.geojson\ns.svs,b.geojson\n")
+    with pytest.raises(UsageError, match=r"s\.svs is listed twice .* an `id` of its own"):
+        find_slides([tmp_path / "list.csv"])
+
+
+def test_a_czi_is_found_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "s.czi").write_bytes(b"ZISRAWFILE" + bytes(100))
+    assert [entry.path.name for entry in find_slides([tmp_path])] == ["s.czi"]
 
 
 # --- files that do not answer, before any slide is opened
