@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pathology.errors import UsageError
+from pathology.errors import SlideError, UsageError
 from pathology.finish import MANIFEST, RESULT, read_manifest, read_record
 from pathology.geometry import HeatmapFrame
 from pathology.records import check_names
@@ -88,7 +88,7 @@ def verify_result(folder: Path) -> Iterator[Difference]:
             yield Difference(folder / RESULT, "changed")
         else:
             known_sha256 = record["manifest_sha256"]
-    except UsageError:
+    except (SlideError, UsageError):
         yield Difference(folder / RESULT, "damaged")
     try:
         manifest = read_manifest(folder)
@@ -96,7 +96,7 @@ def verify_result(folder: Path) -> Iterator[Difference]:
             yield Difference(folder / MANIFEST, "missing")
             return
         files, slide_files = _entries(manifest, "files"), _entries(manifest, "slide_files")
-    except UsageError:
+    except (SlideError, UsageError):
         yield Difference(folder / MANIFEST, "damaged")
         return
     if _sha256(folder / MANIFEST) != (known_sha256 or hashlib.sha256(to_json(manifest)).hexdigest()):
@@ -125,7 +125,7 @@ def verify_inputs(folder: str | Path) -> Iterator[Difference]:
             record = read_record(path.parent) or {}
             hashes: dict[str, str] | None = record.get("input_sha256")
             check_names(hashes or {})
-        except (UsageError, ValueError):
+        except (SlideError, ValueError):
             yield Difference(path, "damaged")
             continue
         if hashes is None:

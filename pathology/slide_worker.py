@@ -378,7 +378,12 @@ def _hashes(job: Job, path: Path) -> dict[str, str]:
 def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a finished result of this very key whose files are all there; None where there is none to keep."""
     folder = job.result_folder(spec.name)
-    manifest = read_manifest(folder)
+    try:
+        manifest, record = read_manifest(folder), read_record(folder)
+    except (SlideError, UsageError):
+        if job.overwrite:
+            return None
+        raise
     if manifest is None:
         return None
     if manifest["key"] != key_of(fields):
@@ -392,14 +397,15 @@ def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, An
     sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
     sizes |= {job.slide_folder / name: entry["bytes"] for name, entry in manifest["slide_files"].items()}
     broken = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
-    record = read_record(folder)
     if not broken and record is not None and not (record["status"] == "partial" and job.overwrite):
         return record
     if job.overwrite:
         return None
     name = broken[0] if broken else "result.json"
     raise SlideError(
-        Reason.CHANGED, f"result {job.slide_id}/{spec.name} is damaged: {name} is gone or has another size; pass --overwrite"
+        Reason.CHANGED,
+        f"result {job.slide_id}/{spec.name} is damaged: {name} is gone or has another size; pathology verify --repair, "
+        "or --overwrite, makes it again",
     )
 
 

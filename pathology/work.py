@@ -115,8 +115,8 @@ class Work:
         return Plan.from_json(text)
 
     def resume(self) -> Plan:
-        """The plan that work of this key was begun by. Raises SlideError where the slide's own files have changed since, UsageError
-        where no such work was begun.
+        """The plan that work of this key was begun by. Raises SlideError where the slide's own files have changed since,
+        UsageError where no such work was begun.
         """
         record = self._record()
         if record is not None and is_of_one_slide(record["fields"], self.fields) and record["fields"] != self.fields:

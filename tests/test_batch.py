@@ -232,6 +232,31 @@ def test_another_model_on_a_changed_mask_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("F17")
+@pytest.mark.parametrize("name", ["manifest.json", "result.json"])
+def test_a_damaged_record_is_a_row_and_the_others_are_done(name: str, tmp_path: Path) -> None:
+    slides = [write_tiff(tmp_path / f"{name}.tiff", [smooth_pixels(300, 400)]) for name in "abc"]
+    out = tmp_path / "out"
+    assert run(*slides[:2], "--out", out).exit_code == 0
+    first = manifests(out)
+    for damaged in out.glob(f"slides/*/*/{name}"):
+        damaged.write_text("{")
+    done = run(*slides[1:], "--out", out)
+    assert done.exit_code == 1, done.output
+    assert "1 of 2 done, 1 failed" in done.output
+    assert "verify --repair" in done.output
+    found = {Path(slide).stem: (row["status"], row["reason"]) for slide, row in rows(out).items()}
+    assert found["c"] == ("ok", "")
+    if name == "result.json":  # what slide the other's was is lost with it; its folder still has its row
+        (other,) = (row for row in rows(out).values() if not row["slide"])
+        assert (other["id"][:2], other["status"], other["reason"]) == ("a-", "failed", "changed")
+        assert "result.json is damaged" in other["message"]
+    assert found["b"] == ("failed", "changed") if name == "result.json" else ("ok", "")
+    assert run(*slides, "--out", out, "--overwrite").exit_code == 0
+    assert {path: manifests(out)[path] for path in first} == first
+    assert {row["status"] for row in rows(out).values()} == {"ok"}
+
+
+@pytest.mark.fault("F17")
 def test_a_damaged_result_is_named_by_verify_and_replaced_by_overwrite(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(slide, "--out", out).exit_code == 0
