@@ -184,6 +184,8 @@ def finish_slide(job: Job) -> dict[str, Any]:
     slide = open_slide_of(job)
     work, plan = open_work(job)
     require_unchanged(job, slide, work)
+    if not all((job.slide_folder / name).is_file() for name in TISSUE_FILES):  # taken away since they were written
+        _write_tissue(job, _tissue_files(slide, job), work)
     with under_way("read"):
         hashes = _hashes(job, slide.path) if job.hash_input else None
     record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)

@@ -256,6 +256,23 @@ def test_a_damaged_record_is_a_row_and_the_others_are_done(name: str, tmp_path: 
     assert {row["status"] for row in rows(out).values()} == {"ok"}
 
 
+def test_a_slides_folder_that_is_removed_meanwhile_is_made_again(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(slide, "--out", tmp_path / "sound").exit_code == 0
+    finish = slide_worker.finish_slide
+
+    def remove_first(job: Job) -> dict[str, object]:
+        shutil.rmtree(job.slide_folder)
+        return finish(job)
+
+    monkeypatch.setattr(slide_worker, "finish_slide", remove_first)
+    done = run(slide, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert manifests(tmp_path / "out") == manifests(tmp_path / "sound")
+    assert pathology("verify", tmp_path / "out").exit_code == 0
+
+
 @pytest.mark.fault("F17")
 def test_a_damaged_result_is_named_by_verify_and_replaced_by_overwrite(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
