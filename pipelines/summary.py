@@ -169,6 +169,6 @@ def _asked(job: Job) -> str:
     asked = {name: value for name, value in asdict(job).items() if name not in NOT_ASKED}
     try:
         state = Path(job.slide).stat()
-    except OSError:
+    except (OSError, ValueError):  # gone, or a path that no file can have
         return key_of({"job": asked})
     return key_of({"job": asked, "bytes": state.st_size, "modified": state.st_mtime_ns})

@@ -6,12 +6,14 @@ Rows of the catalogue of faults that other files show as well carry the same mar
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import struct
+import threading
 import unicodedata
 import zlib
 from collections import Counter
@@ -31,10 +33,11 @@ from test_readers import handmade, refused
 
 from pathology import open_heatmap
 from pathology.apart import Apart
-from pathology.errors import Reason, SlideError
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.finish import TISSUE_FILES
 from pathology.geometry import Box
-from pathology.job import ReaderName
+from pathology.job import Job, ReaderName
+from pathology.outcome import Outcome
 from pathology.readers import open_slide, whole_hashes
 from pathology.readers.inspect import inspect_file
 from pathology.readers.plain import PlainReader
@@ -42,6 +45,7 @@ from pathology.thumbnail import thumbnail
 from pathology.tissue import find_tissue
 from pipelines.cli import main
 from pipelines.slides import OF_RESULTS, find_slides
+from pipelines.summary import read_failure, write_failure
 
 MODEL = "pathology.testing:mean_colour?tile_px=64&mpp=0.5"
 READERS: list[ReaderName] = ["direct", "openslide"]
@@ -488,6 +492,55 @@ def test_S33_links_are_followed_to_files_and_not_to_folders(tmp_path: Path) -> N
     assert reasons == {"s.svs": "", "hard.svs": "", "other.svs": "", "round.svs": "missing", "nowhere.svs": "missing"}
 
 
+def closed(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> Path:
+    """`folder` as its share or its rights let nobody list it, root included."""
+    listed = os.scandir
+
+    def refuse(path: str | Path | int = ".") -> Iterator[os.DirEntry[str]]:
+        if not isinstance(path, int) and Path(path) == folder:
+            raise OSError(code, os.strerror(code), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return folder
+
+
+@pytest.mark.parametrize("at", ["b", "b/c", "."])
+def test_a_folder_that_may_not_be_listed_is_a_row_and_the_others_run(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "slides"
+    for name in ("a", "b/c", "lost+found"):
+        (folder / name).mkdir(parents=True)
+    write_tiff(folder / "a" / "s.svs", [smooth_pixels(128, 128)])
+    write_tiff(folder / "b" / "c" / "t.svs", [smooth_pixels(128, 128)])
+    unlisted = closed(folder / at, monkeypatch, errno.EACCES)
+    done = run(folder, "--out", tmp_path / "out", "--tissue", "none")
+    assert done.exit_code == 1, done.output
+    (failed,) = [row for row in rows(tmp_path / "out").values() if row["status"] == "failed"]
+    assert (failed["slide"], failed["reason"]) == (str(unlisted), "permission")
+    assert ("s.svs" in rows(tmp_path / "out")) == (at != ".")
+
+
+def test_a_folder_closed_as_lost_and_found_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "s.svs").touch()
+    closed(tmp_path / "lost+found", monkeypatch, errno.EACCES)
+    assert [entry.path.name for entry in find_slides([tmp_path])] == ["s.svs"]
+
+
+def test_a_folder_on_a_share_that_does_not_answer_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "s.svs").touch()
+    closed(tmp_path / "b", monkeypatch, errno.ESTALE)
+    waits: list[float] = []
+    monkeypatch.setattr("pathology.faults.time.sleep", waits.append)
+    done = run(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 3, done.output
+    assert f"folder {tmp_path / 'b'} cannot be listed" in done.output
+    assert len(waits) == 3  # it may pass
+
+
 @pytest.mark.fault("S34")
 def test_S34_a_vms_without_its_pictures_is_refused(tmp_path: Path) -> None:
     text = "[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile=one.jpg\nMapFile=map.jpg\n"
@@ -551,6 +604,137 @@ def test_every_row_of_bad_slides_has_a_test() -> None:
     marked = [line for file in Path(__file__).parent.glob("test_*.py") for line in file.read_text().splitlines()]
     shown = {row for line in marked if line.strip().startswith("@pytest.mark.fault(") for row in re.findall(r'"(S\d\d)"', line)}
     assert shown == rows
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ("x/s.svs", "x/s.svs"),
+        ("x/s.svs", "x"),
+        ("x", "."),
+        (".", "x/s.svs"),
+        ("x/s.svs", "y/../x/s.svs"),
+        ("x", "y"),
+        ("x/s.svs", "list.csv"),
+        ("list.csv", "."),
+        (".", "list.csv"),
+        ("list.csv", "list.csv"),
+    ],
+    ids=" and ".join,
+)
+def test_a_slide_that_is_named_again_is_one_slide_as_a_list_has_it(named: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "s.svs").touch()
+    (tmp_path / "y").symlink_to("x")
+    (tmp_path / "list.csv").write_text("slide,id,note\nx/s.svs,mine,n\n")
+    (entry,) = find_slides([tmp_path / name for name in named])
+    assert (entry.slide_id == "mine") == (entry.columns == (("note", "n"),)) == ("list.csv" in named)
+
+
+def test_a_list_may_give_a_slide_several_ids_and_not_two_meanings(tmp_path: Path) -> None:
+    (tmp_path / "s.svs").touch()
+    (tmp_path / "list.csv").write_text("slide,id,roi\ns.svs,a,a.geojson\ns.svs,b,b.geojson\n")
+    assert [entry.slide_id for entry in find_slides([tmp_path / "list.csv", tmp_path])] == ["a", "b"]
+    (tmp_path / "list.csv").write_text("slide,roi\ns.svs,a.geojson\ns.svs,b.geojson\n")
+    with pytest.raises(UsageError, match=r"s\.svs is listed twice .* an `id` of its own"):
+        find_slides([tmp_path / "list.csv"])
+
+
+def test_a_czi_is_found_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "s.czi").write_bytes(b"ZISRAWFILE" + bytes(100))
+    assert [entry.path.name for entry in find_slides([tmp_path])] == ["s.czi"]
+
+
+# --- files that do not answer, before any slide is opened
+
+
+@pytest.fixture
+def no_answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names of files whose opening does not come back before the test ends."""
+    names: set[str] = set()
+    over = threading.Event()
+    opened = os.open
+
+    def wait(path: str | Path, *arguments: int) -> int:
+        if Path(path).name in names:
+            over.wait(300)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr("pipelines.slides.ANSWER_S", 0.5)
+    monkeypatch.setattr(os, "open", wait)
+    yield names
+    over.set()
+
+
+def test_a_file_that_does_not_answer_is_left_to_its_reader(no_answer: set[str], tmp_path: Path) -> None:
+    write_series(tmp_path, "1.2.3", smooth_pixels(300, 300))
+    (tmp_path / "x.dcm").touch()
+    no_answer.add("x.dcm")
+    assert {entry.path.name for entry in find_slides([tmp_path])} == {"0.dcm", "x.dcm"}
+    assert [entry.path.name for entry in find_slides([tmp_path / "x.dcm"])] == ["x.dcm"]
+
+
+def test_a_second_file_that_does_not_answer_is_its_share(no_answer: set[str], tmp_path: Path) -> None:
+    for name in ("x.dcm", "y.dcm", "s.svs"):
+        (tmp_path / name).touch()
+    no_answer |= {"x.dcm", "y.dcm"}
+    done = run(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 3, done.output
+    assert "does not answer" in done.output
+
+
+def test_a_file_with_a_slides_ending_is_not_opened_by_a_search(no_answer: set[str], tmp_path: Path) -> None:
+    (tmp_path / "s.svs").touch()
+    (tmp_path / "list.csv").write_text("slide\ns.svs\n")
+    no_answer |= {"s.svs"}
+    for named in (tmp_path, tmp_path / "s.svs", tmp_path / "list.csv"):
+        assert [entry.path.name for entry in find_slides([named])] == ["s.svs"]
+
+
+def test_a_list_that_does_not_answer_is_its_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("slide\ns.svs\n")
+    over = threading.Event()
+    monkeypatch.setattr("pipelines.slides.ANSWER_S", 0.5)
+    monkeypatch.setattr("pipelines.slides.csv.DictReader", lambda file: over.wait(300))
+    try:
+        done = run(tmp_path / "list.csv", "--out", tmp_path / "out")
+    finally:
+        over.set()
+    assert done.exit_code == 3, done.output
+    assert "list.csv' does not answer" in done.output
+
+
+def test_a_pipe_is_no_slide_list(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.csv")
+    done = command("check", tmp_path / "list.csv")
+    assert done.exit_code == 2, done.output
+    assert "is no file" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("slide\ns\0.svs\n", "line 2: column slide"),
+        ("slide,mask\ns.svs,\ns.svs,m\0.png\n", "line 3: column mask"),
+        ("slide,roi\ns.svs,\0\n", "line 2: column roi"),
+        ("slide,note\ns.svs," + "x" * 131_073 + "\n", "field larger than field limit"),
+    ],
+    ids=["slide", "mask", "roi", "long"],
+)
+def test_cells_of_a_slide_list_that_name_no_file_are_one_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    done = run(tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+def test_a_failure_of_a_path_that_no_file_can_have_is_kept(tmp_path: Path) -> None:
+    job = Job(slide="s\0.svs", slide_id="s", root=str(tmp_path), model="m", out=str(tmp_path))
+    write_failure(Outcome(job, "failed", reason=Reason.MISSING, message="no file name"), "m")
+    kept = read_failure(job, "m")
+    assert kept is not None
+    assert kept.reason is Reason.MISSING
 
 
 # --- quickly

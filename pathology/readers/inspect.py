@@ -81,6 +81,8 @@ def inspect_file(path: Path) -> SlideFile:
     name = repr(path.name)
     try:
         status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            os.scandir(path).close()  # one that may not be listed is met where slides were looked for
         if not stat.S_ISREG(status.st_mode):
             raise SlideError(Reason.NOT_A_FILE, f"{name} is {_sort(status.st_mode)}, not a file; name the slide's own file")
         if mirax_folder(path).joinpath("Slidedat.ini").is_file() and path.suffix == ".mrxs":
