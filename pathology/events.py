@@ -83,7 +83,7 @@ def read_log(out: Path) -> Log:
     damaged = foreign = 0
     for path in sorted((out / "events").glob("*.jsonl")):
         host, _, number = path.stem.rpartition("-")
-        if not number.isdecimal():
+        if not number.isdecimal() or not path.is_file():
             continue
         with path.open("rb") as file:
             for line in file:

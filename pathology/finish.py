@@ -100,15 +100,15 @@ def finish(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """`result.json` of a result folder, without its seal; None where there is none. Raises UsageError where it is damaged, or
-    of another schema version."""
+    """`result.json` of a result folder, without its seal; None where there is none. Raises SlideError where it is damaged,
+    UsageError where it is of another schema version."""
     record = _read(folder / RESULT)
     return None if record is None else {name: value for name, value in record.items() if name != "seal"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """`manifest.json` of a result folder; None where there is none. Raises UsageError where it is damaged, or of another schema
-    version. The files it names lie below their folders."""
+    """`manifest.json` of a result folder; None where there is none. Raises SlideError where it is damaged, UsageError where
+    it is of another schema version. The files it names lie below their folders."""
     return _read(folder / MANIFEST)
 
 
@@ -126,7 +126,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UsageError(f"{path} is damaged ({one_line(error)}); replace the result with --overwrite") from None
+        message = f"{path} is damaged ({one_line(error)}); pathology verify --repair, or --overwrite, makes it again"
+        raise SlideError(Reason.CHANGED, message) from None
     if value["schema"] != SCHEMAS[path.name]:
         found, known = value["schema"], SCHEMAS[path.name]
         raise UsageError(f"{path} has schema {found!r}, this version reads {known}; use the version that wrote it")

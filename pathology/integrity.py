@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pathology.errors import UsageError
+from pathology.errors import SlideError, UsageError
+from pathology.events import read_events
 from pathology.finish import MANIFEST, RESULT, read_manifest, read_record
 from pathology.geometry import HeatmapFrame
 from pathology.records import check_names
@@ -69,12 +71,28 @@ def verify(folder: str | Path) -> Iterator[Difference]:
 
 
 def find_results(folder: Path) -> list[Path]:
-    """The result folders in or below `folder`, with a manifest or a record. Raises UsageError where there are none."""
+    """The result folders in or below `folder`, with a manifest or a record, and those that are gone though the events of their
+    runs say that they were finished. Raises UsageError where there are none.
+    """
     records = {path.parent for name in (MANIFEST, RESULT) for path in folder.rglob(name)}
+    records.update(path for path in _finished(folder) if path == folder or folder in path.parents)
     results = sorted(path for path in records if ".work" not in path.relative_to(folder).parts)
     if not results:
         raise UsageError(f"{folder} holds no finished result; give the --out folder of a run")
     return results
+
+
+def _finished(folder: Path) -> Iterator[Path]:
+    """The folders of all results that were ever finished in the output that `folder` is, or lies in."""
+    outs = (folder, *folder.parents[:3])
+    out = next((o for o in outs if (o / "events").is_dir() and folder.relative_to(o).parts[:1] in ((), ("slides",))), None)
+    if out is None:
+        return
+    for event in read_events(out):
+        names = [n for n in (event.get("slide"), event.get("model")) if isinstance(n, str)]
+        inside = len(names) == 2 and all(n == Path(n).name and n not in ("", "..") for n in names)
+        if event["event"] == "slide-done" and inside:
+            yield out.joinpath("slides", *names)
 
 
 def verify_result(folder: Path) -> Iterator[Difference]:
@@ -88,7 +106,7 @@ def verify_result(folder: Path) -> Iterator[Difference]:
             yield Difference(folder / RESULT, "changed")
         else:
             known_sha256 = record["manifest_sha256"]
-    except UsageError:
+    except (SlideError, UsageError):
         yield Difference(folder / RESULT, "damaged")
     try:
         manifest = read_manifest(folder)
@@ -96,7 +114,7 @@ def verify_result(folder: Path) -> Iterator[Difference]:
             yield Difference(folder / MANIFEST, "missing")
             return
         files, slide_files = _entries(manifest, "files"), _entries(manifest, "slide_files")
-    except UsageError:
+    except (SlideError, UsageError):
         yield Difference(folder / MANIFEST, "damaged")
         return
     if _sha256(folder / MANIFEST) != (known_sha256 or hashlib.sha256(to_json(manifest)).hexdigest()):
@@ -110,8 +128,17 @@ def verify_result(folder: Path) -> Iterator[Difference]:
     known = {folder / name for name in (*files, MANIFEST, RESULT)}
     for path in sorted(folder.rglob("*")):
         exported = path.relative_to(folder).parts[0] in EXPORTED_FOLDERS or any(path.match(pattern) for pattern in EXPORTS)
-        if path.is_file() and path not in known and not exported:
+        if (path.is_symlink() or not path.is_dir()) and path not in known and not exported:
             yield Difference(path, "unexpected")
+    yield from _strays(folder, slide_files)
+
+
+def _strays(folder: Path, slide_files: Mapping[str, object]) -> Iterator[Difference]:
+    """What lies in the slide's folder and is neither a result nor a file of one; told with the first of its results alone."""
+    beside = sorted(folder.parent.iterdir())
+    results = [path for path in beside if (path / MANIFEST).is_file() or (path / RESULT).is_file()]
+    if results[:1] == [folder]:
+        yield from (Difference(path, "unexpected") for path in beside if path not in results and path.name not in slide_files)
 
 
 def verify_inputs(folder: str | Path) -> Iterator[Difference]:
@@ -125,7 +152,7 @@ def verify_inputs(folder: str | Path) -> Iterator[Difference]:
             record = read_record(path.parent) or {}
             hashes: dict[str, str] | None = record.get("input_sha256")
             check_names(hashes or {})
-        except (UsageError, ValueError):
+        except (SlideError, ValueError):
             yield Difference(path, "damaged")
             continue
         if hashes is None:
@@ -159,12 +186,18 @@ def _wrong(folder: Path, entries: Mapping[str, tuple[str, int]]) -> Iterator[tup
     for name, (digest, size) in sorted(entries.items()):
         path = folder / name
         try:
-            if not path.is_file():
+            if not os.path.lexists(path):
                 yield name, "missing"
-            elif path.stat().st_size != size or _sha256(path) != digest:
+            elif not _is_own_file(folder, name) or path.stat().st_size != size or _sha256(path) != digest:
                 yield name, "changed"
         except OSError:
             yield name, "unreadable"
+
+
+def _is_own_file(folder: Path, name: str) -> bool:
+    """Whether it is a file, and no link on the way to it leads elsewhere."""
+    path = folder / name
+    return path.is_file() and not any(part.is_symlink() for part in (path, *path.parents[: len(Path(name).parts) - 1]))
 
 
 def _damage(folder: Path, name: str, files: Mapping[str, object], wrong: Mapping[str, str]) -> tuple[Damage, ...]:
@@ -178,7 +211,8 @@ def _damage(folder: Path, name: str, files: Mapping[str, object], wrong: Mapping
         at = tuple(int(i) for i in key.split("/"))
         if len(at) != len(cut.shape):
             return ()
-        places = damaged(folder / name, cut)
+        # What stands in a file's place may be a pipe, which is not to be waited for.
+        places = damaged(folder / name, cut) if _is_own_file(folder, name) else None
         level = int(array.rpartition("/")[2]) if array.rpartition("/")[2].isdecimal() else None
         frame = None if level is None or store not in files or store in wrong else _frame(folder / store)
         if places is None:

@@ -19,6 +19,8 @@ from pathology.stitch import Blend
 SCHEMA = 1
 # Owner of work that nobody owns.
 FREE = "free"
+# In a key, what precedes the hash of the file that tissue was taken from.
+OF_A_FILE = "file "
 
 # Fields of a job that say where and how it runs rather than what it is.
 NOT_ASKED = frozenset(("out", "stage", "stage_bytes", "overwrite", "strict", "columns", "owner"))
@@ -166,6 +168,18 @@ def key_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The fields in which two keys differ, for people: "min_tissue 0.1 -> 0.5, ..."."""
     names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
     return ", ".join(f"{n} {_short(old.get(n))} -> {_short(new.get(n))}" for n in names)
+
+
+def is_of_one_slide(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two keys differ in nothing but one slide's own files: its pixels, or those of its mask or region of interest."""
+    differs = {name for name in {*old, *new} if old.get(name) != new.get(name)}
+    if "slide" in differs:  # these follow from the file where nobody states them
+        differs -= {"slide", "slide_mpp", "reader"}
+    if all(str(fields.get("tissue")).startswith(OF_A_FILE) for fields in (old, new)):
+        differs.discard("tissue")
+    if all(fields.get("roi") for fields in (old, new)):
+        differs.discard("roi")
+    return not differs
 
 
 def slug(text: str) -> str:

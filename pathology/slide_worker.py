@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from pathology.events import emit
 from pathology.faults import retried, share_fault
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
 from pathology.grid import TileGrid
-from pathology.job import FREE, Job, key_difference, key_of
+from pathology.job import FREE, OF_A_FILE, Job, is_of_one_slide, key_difference, key_of
 from pathology.memory import CACHE_SHARE
 from pathology.model import ModelSpec
 from pathology.models import load_spec
@@ -165,7 +165,7 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     _, plan = plan_slide(job, slide, spec, [_spec(other) for other in together])
     make_folders(work.folder, within=work.folder.parent if job.owner != FREE else None)
     sweep_temporaries(work.folder)
-    _write_tissue(job, _tissue_files(slide, job), work.folder)
+    _write_tissue(job, _tissue_files(slide, job), work)
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
         _keep(_kept.works, job, (work, plan))
@@ -183,6 +183,9 @@ def finish_slide(job: Job) -> dict[str, Any]:
     emit(Path(job.out), "slide-finish", what)
     slide = open_slide_of(job)
     work, plan = open_work(job)
+    require_unchanged(job, slide, work)
+    if not all((job.slide_folder / name).is_file() for name in TISSUE_FILES):  # taken away since they were written
+        _write_tissue(job, _tissue_files(slide, job), work)
     with under_way("read"):
         hashes = _hashes(job, slide.path) if job.hash_input else None
     record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
@@ -230,6 +233,10 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
 def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
     """Open the job's slide for reading rows of tiles (row, col) like `row`; whether it lies on slow storage."""
     slide, spec, grid = _tiled(job, again=True)
+    with _kept.lock:
+        begun = _kept.works.get(job)
+    if begun is not None:
+        require_unchanged(job, slide, begun[0])
     slide.reserve(windows(slide, spec, grid, row))
     return slide.slow
 
@@ -261,6 +268,16 @@ def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
     return clock.seconds()
 
 
+def require_unchanged(job: Job, slide: Slide, work: Work) -> None:
+    """Raise SlideError where the slide as it is now is not the one that `work` was begun with."""
+    if slide.info.fingerprint != work.fields["slide"]:
+        raise SlideError(
+            Reason.CHANGED,
+            f"slide {job.slide_id} changed while it was worked on; bring back the file it was begun with, "
+            "or drop what was done with --overwrite",
+        )
+
+
 def _grid(job: Job, slide: Slide, spec: ModelSpec) -> TileGrid:
     return TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec))
 
@@ -279,7 +296,7 @@ def _tiled(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
 
 def _area(job: Job) -> Area:
     return Area(
-        job.tissue if job.tissue in METHODS else f"file {file_sha256(Path(job.tissue))}",
+        job.tissue if job.tissue in METHODS else f"{OF_A_FILE}{file_sha256(Path(job.tissue))}",
         "" if job.roi is None else file_sha256(Path(job.roi)),
     )
 
@@ -363,7 +380,12 @@ def _hashes(job: Job, path: Path) -> dict[str, str]:
 def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a finished result of this very key whose files are all there; None where there is none to keep."""
     folder = job.result_folder(spec.name)
-    manifest = read_manifest(folder)
+    try:
+        manifest, record = read_manifest(folder), read_record(folder)
+    except (SlideError, UsageError):
+        if job.overwrite:
+            return None
+        raise
     if manifest is None:
         return None
     if manifest["key"] != key_of(fields):
@@ -373,31 +395,37 @@ def _finished(job: Job, spec: ModelSpec, fields: dict[str, Any]) -> dict[str, An
         message = (
             f"result {job.slide_id}/{spec.name} was made otherwise ({difference}); choose another --out or pass --overwrite"
         )
-        only_slide = {name for name in fields if manifest["fields"].get(name) != fields[name]} == {"slide"}
-        raise SlideError(Reason.CHANGED, message) if only_slide else UsageError(message)
+        raise SlideError(Reason.CHANGED, message) if is_of_one_slide(manifest["fields"], fields) else UsageError(message)
     sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
     sizes |= {job.slide_folder / name: entry["bytes"] for name, entry in manifest["slide_files"].items()}
     broken = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
-    record = read_record(folder)
     if not broken and record is not None and not (record["status"] == "partial" and job.overwrite):
         return record
     if job.overwrite:
         return None
     name = broken[0] if broken else "result.json"
     raise SlideError(
-        Reason.CHANGED, f"result {job.slide_id}/{spec.name} is damaged: {name} is gone or has another size; pass --overwrite"
+        Reason.CHANGED,
+        f"result {job.slide_id}/{spec.name} is damaged: {name} is gone or has another size; pathology verify --repair, "
+        "or --overwrite, makes it again",
     )
 
 
-def _write_tissue(job: Job, contents: tuple[bytes, bytes], beside: Path) -> None:
+def _write_tissue(job: Job, contents: tuple[bytes, bytes], work: Work) -> None:
     for name, data in zip(TISSUE_FILES, contents, strict=True):
         path = job.slide_folder / name
         others = list(job.slide_folder.glob("*/manifest.json")) if path.exists() else []
         if others and not job.overwrite and path.read_bytes() != data:
-            raise UsageError(
-                f"slide {job.slide_id} has results for tissue found otherwise; choose another --out, or pass --overwrite"
-            )
-        write_if_changed(path, data, beside)
+            message = f"slide {job.slide_id} has results for tissue found otherwise; choose another --out, or pass --overwrite"
+            area = _of_tissue(work.fields)
+            found = [_of_tissue(manifest["fields"]) for other in others if (manifest := read_manifest(other.parent))]
+            raise SlideError(Reason.CHANGED, message) if all(is_of_one_slide(f, area) for f in found) else UsageError(message)
+        write_if_changed(path, data, work.folder)
+
+
+def _of_tissue(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a key decides the tissue that is found."""
+    return {name: fields[name] for name in ("slide", "slide_mpp", "reader", "tissue", "roi") if name in fields}
 
 
 def open_slide_of(job: Job) -> Slide:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from pathology.clock import timed
 from pathology.durable import make_folders, new_file, output_faults, sweep_temporaries, sync_folder, write_file
-from pathology.errors import UsageError
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.geometry import Box
-from pathology.job import key_difference, key_of
+from pathology.job import is_of_one_slide, key_difference, key_of
 from pathology.plan import Plan, Region
 from pathology.records import MOST_BYTES, MOST_WORK_BYTES, check_fields, read_object
 from pathology.stitch import bands
@@ -85,7 +85,8 @@ class Work:
 
         The owner's folder must be there: who has lost it begins nothing.
 
-        Raises UsageError, with the difference named, if unfinished work of another key lies here and `overwrite` is off.
+        Where unfinished work of another key lies here and `overwrite` is off, raises SlideError if only this slide's own files
+        are others, else UsageError; the difference is named.
         """
         record = self._record()
         if record is not None:
@@ -95,9 +96,13 @@ class Work:
                 return Plan.from_json(record["plan"])
             if not overwrite:
                 difference = key_difference(record["fields"], self.fields)
+                begun = f"unfinished work of slide {self._slide} was begun otherwise ({difference})"
+                if is_of_one_slide(record["fields"], self.fields):
+                    raise SlideError(
+                        Reason.CHANGED, f"{begun}; bring back the file it was begun with, or drop it with --overwrite"
+                    )
                 raise UsageError(
-                    f"unfinished work of slide {self._slide} was begun otherwise ({difference}); "
-                    "finish it with the options it was begun with, choose another --out, or drop it with --overwrite"
+                    f"{begun}; finish it with the options it was begun with, choose another --out, or drop it with --overwrite"
                 )
         self.clear()
         text = plan.to_json()
@@ -110,8 +115,16 @@ class Work:
         return Plan.from_json(text)
 
     def resume(self) -> Plan:
-        """The plan that work of this key was begun by. Raises UsageError where none was."""
+        """The plan that work of this key was begun by. Raises SlideError where the slide's own files have changed since,
+        UsageError where no such work was begun.
+        """
         record = self._record()
+        if record is not None and is_of_one_slide(record["fields"], self.fields) and record["fields"] != self.fields:
+            raise SlideError(
+                Reason.CHANGED,
+                f"slide {self._slide} changed while it was worked on ({key_difference(record['fields'], self.fields)}); "
+                "bring back the file it was begun with, or drop what was done with --overwrite",
+            )
         if record is None or record["fields"] != self.fields:
             raise UsageError(f"unfinished work of slide {self._slide} is gone or was replaced; run the same again")
         self._plan_sha256 = _sha256(record["plan"].encode())

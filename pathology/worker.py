@@ -263,6 +263,7 @@ def _reading(
     if asker() is not None:
         return functools.partial(read_beside, job, spec, clock)
     slide = slide_worker.open_slide_of(job)
+    slide_worker.require_unchanged(job, slide, begun.work)
     pool = None if in_order else slide_worker.pool(job.readers)
     return lambda tiles: read_tiles(slide, spec, grid, tiles, pool, clock)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pathology.durable import make_folders, sweep_temporaries, write_file
-from pathology.errors import Reason
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.finish import RESULT, read_record
 from pathology.job import FREE, Job, key_of
 from pathology.outcome import Outcome
@@ -77,7 +77,8 @@ def clear_failure(job: Job, model_name: str) -> None:
 
 
 def write_summary(out: Path) -> Path:
-    """Write `<out>/summary.csv`: a row a slide and model, finished or failed, by id and model.
+    """Write `<out>/summary.csv`: a row a slide and model, finished or failed, by id and model. Of a record that is damaged, or
+    of another version, the row says so.
 
     Others may write it at the same time: the last one to do so has seen all that had ended before.
     """
@@ -114,11 +115,18 @@ def _table(out: Path) -> bytes:
 
 def _records(out: Path) -> Iterator[dict[str, Any]]:
     done: set[tuple[str, str]] = set()
+    lost: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted((out / "slides").glob(f"*/*/{RESULT}")):
-        record = read_record(path.parent)
+        try:
+            record = read_record(path.parent)
+        except (SlideError, UsageError) as error:
+            id_and_model = path.parent.parent.name, path.parent.name
+            lost[id_and_model] = _lost_row(*id_and_model, str(error))
+            continue
         if record is not None:
             done.add((record["slide_id"], record["model"]))
             yield record
+    failed: set[tuple[str, str]] = set()
     for path in sorted((out / ".work").glob(f"*/*/*/{FAILED}")):
         try:
             record = read_object(path)
@@ -126,7 +134,15 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
         except (FileNotFoundError, ValueError):
             continue
         if (record["slide_id"], record["model"]) not in done:
+            failed.add((record["slide_id"], record["model"]))
             yield record
+    yield from (row for pair, row in lost.items() if pair not in failed | done)
+
+
+def _lost_row(slide_id: str, model: str, message: str) -> dict[str, Any]:
+    """The row of a result whose record cannot be read: which slide it was, its folder's name alone tells."""
+    row = {"slide_id": slide_id, "model": model, "status": "failed", "reason": Reason.CHANGED, "message": message}
+    return {**row, "columns": {}}
 
 
 def _failure(job: Job, model_name: str) -> Path | None:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 from slides import cut, pyramid, smooth_pixels, write_tiff
 
-from pathology import Job, open_heatmap
-from pathology.errors import Reason
+from pathology import Job, open_heatmap, slide_worker
+from pathology.errors import Reason, SlideError
 from pathology.events import read_events
 from pathology.outcome import Outcome
 from pipelines import summary
@@ -162,6 +163,114 @@ def test_a_changed_slide_is_refused_by_row(slide: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "changed" in done.output
     assert run(slide, "--out", out, "--overwrite").exit_code == 0
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize("begun", ["unfinished", "finished"])
+def test_a_slide_or_mask_that_changed_is_a_row_and_the_others_are_done(begun: str, tmp_path: Path) -> None:
+    for name in ("file", "mask", "good"):
+        write_tiff(tmp_path / f"{name}.tiff", [smooth_pixels(300, 400)])
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.full((30, 40), 255, np.uint8)).save(mask)
+    (tmp_path / "list.csv").write_text(f"slide,id,mask\nfile.tiff,file,\nmask.tiff,mask,{mask}\ngood.tiff,good,\n")
+    out = tmp_path / "out"
+    arguments = (tmp_path / "list.csv", "--out", out)
+    if begun == "finished":
+        assert run(*arguments).exit_code == 0
+        shutil.rmtree(out / "slides" / "good")
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pathology.slide_worker.finish", refuse_to_finish)
+            assert run(*arguments).exit_code == 1
+        assert len(list(out.glob(".work/*/*/*/plan.json"))) == 3
+    write_tiff(tmp_path / "file.tiff", [smooth_pixels(300, 400, seed=9)])
+    Image.fromarray(np.diag([255] * 40).astype(np.uint8)[:30]).save(mask)
+    done = run(*arguments, "--retry-failed")
+    assert done.exit_code == 1, done.output
+    changed = {json.loads(path.read_bytes())["slide_id"] for path in out.glob(".work/*/*/*/failed.json")}
+    assert changed == {"file", "mask"}
+    assert "2 changed: " in done.output
+    assert [path.parent.parent.name for path in out.glob("slides/good/*/result.json")] == ["good"]
+    assert run(*arguments, "--overwrite").exit_code == 0
+
+
+def refuse_to_finish(*arguments: object) -> None:
+    raise SlideError(Reason.READ_ERROR, "not now")
+
+
+@pytest.mark.fault("F16")
+def test_a_slide_that_changes_while_it_is_worked_on_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        write_tiff(tmp_path / f"{name}.svs", [smooth_pixels(300, 400)])
+    finish, seen = slide_worker.finish_slide, []
+
+    def replace_first(job: Job) -> dict[str, object]:
+        if not seen:
+            write_tiff(Path(job.slide), [smooth_pixels(300, 400, seed=9)])
+        seen.append(job.slide_id)
+        return finish(job)
+
+    monkeypatch.setattr(slide_worker, "finish_slide", replace_first)
+    done = run(*(tmp_path / f"{name}.svs" for name in "abc"), "--out", tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert sorted(row["status"] + row["reason"] for row in rows(tmp_path / "out").values()) == ["failedchanged", "ok", "ok"]
+
+
+@pytest.mark.fault("F16")
+def test_another_model_on_a_changed_mask_is_a_row(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tiff", [smooth_pixels(300, 400)])
+    write_tiff(tmp_path / "b.tiff", [smooth_pixels(300, 400)])
+    Image.fromarray(np.full((30, 40), 255, np.uint8)).save(tmp_path / "mask.png")
+    (tmp_path / "list.csv").write_text("slide,id,mask\na.tiff,a,mask.png\nb.tiff,b,\n")
+    arguments = (tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert run(*arguments).exit_code == 0
+    Image.fromarray(np.diag([255] * 40).astype(np.uint8)[:30]).save(tmp_path / "mask.png")
+    done = run(*arguments, model="pathology.testing:identity?tile_px=64&mpp=0.5")
+    assert done.exit_code == 1, done.output
+    assert "tissue found otherwise" in done.output
+    assert "1 of 2 done" in done.output
+
+
+@pytest.mark.fault("F17")
+@pytest.mark.parametrize("name", ["manifest.json", "result.json"])
+def test_a_damaged_record_is_a_row_and_the_others_are_done(name: str, tmp_path: Path) -> None:
+    slides = [write_tiff(tmp_path / f"{name}.tiff", [smooth_pixels(300, 400)]) for name in "abc"]
+    out = tmp_path / "out"
+    assert run(*slides[:2], "--out", out).exit_code == 0
+    first = manifests(out)
+    for damaged in out.glob(f"slides/*/*/{name}"):
+        damaged.write_text("{")
+    done = run(*slides[1:], "--out", out)
+    assert done.exit_code == 1, done.output
+    assert "1 of 2 done, 1 failed" in done.output
+    assert "verify --repair" in done.output
+    found = {Path(slide).stem: (row["status"], row["reason"]) for slide, row in rows(out).items()}
+    assert found["c"] == ("ok", "")
+    if name == "result.json":  # what slide the other's was is lost with it; its folder still has its row
+        (other,) = (row for row in rows(out).values() if not row["slide"])
+        assert (other["id"][:2], other["status"], other["reason"]) == ("a-", "failed", "changed")
+        assert "result.json is damaged" in other["message"]
+    assert found["b"] == ("failed", "changed") if name == "result.json" else ("ok", "")
+    assert run(*slides, "--out", out, "--overwrite").exit_code == 0
+    assert {path: manifests(out)[path] for path in first} == first
+    assert {row["status"] for row in rows(out).values()} == {"ok"}
+
+
+def test_a_slides_folder_that_is_removed_meanwhile_is_made_again(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(slide, "--out", tmp_path / "sound").exit_code == 0
+    finish = slide_worker.finish_slide
+
+    def remove_first(job: Job) -> dict[str, object]:
+        shutil.rmtree(job.slide_folder)
+        return finish(job)
+
+    monkeypatch.setattr(slide_worker, "finish_slide", remove_first)
+    done = run(slide, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert manifests(tmp_path / "out") == manifests(tmp_path / "sound")
+    assert pathology("verify", tmp_path / "out").exit_code == 0
 
 
 @pytest.mark.fault("F17")

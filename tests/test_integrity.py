@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pathology.errors import UsageError
+from pathology.events import emit
 from pathology.integrity import verify
 
 
@@ -29,6 +31,18 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def replace_by_link(path: Path) -> None:
+    elsewhere = next(p for p in path.parents if p.name == "slides").parent / "elsewhere"
+    if path.exists():
+        path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def test_an_untouched_result_has_no_differences(result: Path, tmp_path: Path) -> None:
     assert differences(tmp_path) == differences(result.parent) == differences(result) == []
 
@@ -44,6 +58,14 @@ def test_an_untouched_result_has_no_differences(result: Path, tmp_path: Path) ->
         ("stray.txt", Path.touch, "unexpected"),
         ("heatmap.ome.zarr/9", Path.touch, "unexpected"),
         ("../tissue.png", flip, "changed"),
+        ("../stray.txt", Path.touch, "unexpected"),
+        ("../stray", Path.mkdir, "unexpected"),
+        ("overlay.png", replace_by_link, "changed"),
+        ("heatmap.ome.zarr/0/c/0/0/0", replace_by_link, "changed"),
+        ("heatmap.ome.zarr/0/c/0/0/0", replace_by_pipe, "changed"),
+        ("overlay.png", replace_by_pipe, "changed"),
+        ("stray.pipe", os.mkfifo, "unexpected"),
+        ("stray.link", replace_by_link, "unexpected"),
         ("../tissue.geojson", Path.unlink, "missing"),
     ],
 )
@@ -53,11 +75,12 @@ def test_each_kind_of_difference_is_named(
 ) -> None:
     path = result / name
     change(path)
-    found = [(d.path.resolve(), d.what) for d in verify(tmp_path)]
+    path = path.parent.resolve() / path.name
+    found = [(d.path.parent.resolve() / d.path.name, d.what) for d in verify(tmp_path)]
     if what is None:  # a flipped bit may leave JSON that parses, or not
-        assert (path.resolve(), "changed") in found or (path.resolve(), "damaged") in found
+        assert (path, "changed") in found or (path, "damaged") in found
     else:
-        assert found == [(path.resolve(), what)]
+        assert found == [(path, what)]
 
 
 def test_every_file_of_the_store_is_watched(result: Path) -> None:
@@ -72,6 +95,34 @@ def test_every_file_of_the_store_is_watched(result: Path) -> None:
 def test_a_record_that_is_no_json_is_damaged(result: Path, name: str) -> None:
     (result / name).write_text("{")
     assert [what for _, what in differences(result)] == ["damaged"]
+
+
+def test_a_folder_that_is_a_link_is_a_difference(result: Path, tmp_path: Path) -> None:
+    (result / "heatmap.ome.zarr" / "0").rename(tmp_path / "elsewhere")
+    (result / "heatmap.ome.zarr" / "0").symlink_to(tmp_path / "elsewhere")
+    found = differences(result)
+    assert ("heatmap.ome.zarr/0/c/0/0/0", "changed") in found
+    assert all(name.startswith("heatmap.ome.zarr/0") for name, _ in found)
+
+
+def test_strays_beside_two_results_are_named_once(result: Path, tmp_path: Path) -> None:
+    shutil.copytree(result, result.with_name("zz"))
+    (result.parent / "stray.txt").touch()
+    assert [(d.path.name, d.what) for d in verify(tmp_path)] == [("stray.txt", "unexpected")]
+
+
+@pytest.mark.parametrize("where", ["", "slides", "slides/small", "slides/small/{}"])
+def test_a_result_that_is_gone_is_missed(where: str, result: Path, tmp_path: Path) -> None:
+    emit(tmp_path, "slide-done", {"slide": "small", "model": result.name, "status": "ok", "reason": None})
+    emit(tmp_path, "slide-done", {"slide": "../small", "model": "x", "status": "ok", "reason": None})
+    emit(tmp_path, "slide-done", {"slide": "..", "model": "..", "status": "ok", "reason": None})
+    folder = tmp_path / where.format(result.name)
+    assert differences(folder) == []
+    shutil.rmtree(result)
+    assert [(d.path, d.what) for d in verify(folder)] == [
+        (result / "result.json", "missing"),
+        (result / "manifest.json", "missing"),
+    ]
 
 
 def test_exports_are_no_difference(result: Path) -> None:

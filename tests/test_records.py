@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pathology import open_heatmap
-from pathology.errors import UsageError
+from pathology.errors import SlideError, UsageError
 from pathology.finish import read_manifest, read_record
 from pathology.integrity import verify
 from pathology.records import check_fields, check_files, read_object
@@ -67,7 +67,7 @@ def test_damaged_records_are_named_by_verify(file: str, change: dict[str, Any], 
     folder = tmp_path / "slide" / reference.name
     record = json.loads((folder / file).read_bytes())
     (folder / file).write_text(json.dumps(record | change))
-    with pytest.raises(UsageError, match="is damaged"):
+    with pytest.raises(SlideError, match="is damaged"):
         (read_manifest if file == "manifest.json" else read_record)(folder)
     assert next(verify(folder)).what == "damaged"
 

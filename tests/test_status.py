@@ -281,3 +281,9 @@ def test_status_of_a_run_that_writes_is_killed_and_goes_on(tmp_path: Path) -> No
     assert (ended["done"], ended["failed"], ended["left"], ended["reasons"]) == (3, 1, 0, {"not_a_slide": 1})
     assert [run["state"] for run in ended["runs"]] == ["ended"]
     assert ended["processes"] == []
+
+
+def test_a_pipe_among_the_events_is_not_waited_for(out: Path) -> None:
+    before = read_status(out, NOW)
+    os.mkfifo(out / "events" / "node-1-10.jsonl")
+    assert read_status(out, NOW) == before

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pathology.errors import EnvironmentFault, UsageError
+from pathology.errors import EnvironmentFault, Reason, SlideError, UsageError
 from pathology.geometry import Box
 from pathology.job import FREE
 from pathology.plan import Plan, Region
@@ -313,6 +313,39 @@ def test_other_work_is_refused_with_the_difference_named(work: Work) -> None:
     assert work.todo(plan()) == []
     with pytest.raises(UsageError, match="is gone or was replaced"):
         other.resume()
+
+
+def test_a_slides_own_files_that_changed_are_a_fault_of_that_slide(tmp_path: Path) -> None:
+    of_file = {**FIELDS, "tissue": "file 1", "roi": "1", "slide_mpp": 0.5, "reader": "direct"}
+    first = Work(begin_folder(tmp_path).folder, of_file)
+    first.begin(plan(), overwrite=True)
+    own: list[dict[str, Any]] = [
+        {"slide": "b" * 64},
+        {"tissue": "file 2"},
+        {"roi": "2"},
+        {"slide": "b" * 64, "slide_mpp": 0.25, "reader": "openslide", "tissue": "file 2"},
+    ]
+    for change in own:
+        other = Work(first.folder, of_file | change)
+        with pytest.raises(SlideError, match=r"was begun otherwise .*--overwrite") as begun:
+            other.begin(plan(), overwrite=False)
+        with pytest.raises(SlideError, match="changed while it was worked on") as resumed:
+            other.resume()
+        assert begun.value.reason == resumed.value.reason == Reason.CHANGED
+    options: list[dict[str, Any]] = [
+        {"slide_mpp": 0.25},
+        {"reader": "openslide"},
+        {"tissue": "otsu"},
+        {"roi": None},
+        {"slide": "b" * 64, "min_tissue": 0.5},
+    ]
+    for change in options:
+        other = Work(first.folder, of_file | change)
+        with pytest.raises(UsageError, match="was begun otherwise"):
+            other.begin(plan(), overwrite=False)
+        with pytest.raises(UsageError, match="is gone or was replaced"):
+            other.resume()
+    assert first.begin(plan(), overwrite=False).to_json() == plan().to_json()
 
 
 def test_overwrite_clears_other_work(work: Work) -> None:
