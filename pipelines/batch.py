@@ -31,6 +31,7 @@ from pathology.watch import Limits
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.preflight import Found, Preflight
+from pipelines.printing import say
 from pipelines.room import MIN_FREE_BYTES, Room, size
 from pipelines.slides import SlideEntry
 from pipelines.stopping import INTERRUPTED
@@ -187,7 +188,7 @@ def _find_tissue(
     tissue_class(spec)
     looked_at = [slide for slide in slides if slide.mask is None]
     if looked_at:
-        print(f"tissue by {spec.name}:", flush=True)
+        say(f"tissue by {spec.name}:")
         run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()), stop, seen)
 
 
@@ -303,8 +304,8 @@ class _Report:
             self.line(f"failed    {job.slide_id}  {model_name}   {outcome.reason}: {outcome.message}{again}")
 
     def line(self, text: str) -> None:
-        # Names of slides may hold bytes that are no text: shown escaped rather than failing the run.
-        self._bar.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
+        with self._bar.external_write_mode(file=sys.stdout):
+            say(text)
 
     def close(self) -> None:
         self._bar.close()
@@ -320,15 +321,15 @@ class _Report:
                 "reasons": self._reasons,
                 "seconds": round(seconds, 3),
             }
-            print(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
+            say(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
             return
         done = self._ended - failed
-        print(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
+        say(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
         for reason, count in self._reasons.most_common():
-            print(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
+            say(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
         if line := bottleneck(stages, working_s, seconds * devices):
-            print(line)
-        print(NOTICE)
+            say(line)
+        say(NOTICE)
 
     def _describe(self) -> None:
         self._bar.set_description(f"{self._ended}/{self._jobs} slides", refresh=False)

@@ -20,7 +20,8 @@ import click
 
 from pathology.export import KINDS
 from pipelines.model_commands import models
-from pipelines.one_line import one_line_errors, printable
+from pipelines.one_line import one_line_errors
+from pipelines.printing import open_closed_streams, printable
 from pipelines.recipes import known_recipes, recipe_option
 from pipelines.result_commands import status, verify
 from pipelines.stopping import stop_on_signals
@@ -475,6 +476,7 @@ def _slides(named: tuple[str, ...], limit: int | None, settings: Any) -> Any:
 def console() -> NoReturn:
     """`main` as a program: what is on disk is whole, so the process ends without taking its libraries apart."""
     code: object = 0
+    open_closed_streams()
     try:
         main()
     except SystemExit as end:
@@ -482,12 +484,13 @@ def console() -> NoReturn:
     except BaseException:
         code = 1
         traceback.print_exc()  # a bug; threads may still be in calls that nothing ends
-    with suppress(BrokenPipeError):  # whoever read the output may be gone
-        if isinstance(code, str):
+    if isinstance(code, str):
+        with suppress(OSError):
             click.echo(code, err=True)
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read the output may be gone
+            stream.flush()
     os._exit(code if isinstance(code, int) else 0)
 
 
