@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from pathology.clock import total
 from pathology.durable import make_folders, output_faults
-from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError, one_line
+from pathology.errors import EnvironmentFault, Fault, PathologyError, Reason, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.export import can_export
 from pathology.job import Job
 from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
-from pathology.outcome import Interrupted, Outcome, Progress
+from pathology.outcome import Interrupted, Outcome, Postponed, Progress
 from pathology.together import pixels_of
 from pathology.trials import needed
 from pathology.watch import Limits
@@ -123,12 +123,14 @@ def run_batch(
                     failed += 1
                     _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
+            too_large: list[str] = []  # what to say of results that may not fit
             to_read = {job.slide_id for job in todo if needed(job)}
             preflight = Preflight([slide for slide in slides if slide.slide_id in to_read], settings, seen)
 
             def progress(step: Progress) -> None:
-                if step.event in ("planned", "region"):
-                    room.require(step.bytes)
+                if step.event in ("planned", "region") and (lack := room.lack(step.bytes)):
+                    too_large.append(f"the result of {step.job.slide_id} {lack}")
+                    raise Postponed
                 report.progress(step)
 
             @functools.cache
@@ -165,6 +167,9 @@ def run_batch(
                         why = f"{failed} slides failed or partial, more than --max-failures {conduct.max_failures}"
                         report.line(f"stopped: {why}")
                         break
+            if too_large and not why:
+                more = f" ({len(too_large) - 1} more may not fit)" if too_large[1:] else ""
+                raise EnvironmentFault(too_large[0] + more, Fault.DISK_FULL)
         except BaseException as error:
             why = one_line(error)
             fault = str(error.fault) if isinstance(error, EnvironmentFault) else ""
