@@ -168,6 +168,8 @@ def make_folders(folder: Path, within: Path | None = None) -> None:
         return
     if folder == within:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise EnvironmentFault(f"output {folder} is no folder; choose another --out", Fault.OUTPUT)
     make_folders(folder.parent, within)
     with _writing(folder):
         folder.mkdir(exist_ok=True)
@@ -205,5 +207,5 @@ def free_bytes(folder: Path) -> int | None:
             continue
         except OSError:
             return None
-        return state.f_bavail * state.f_frsize
+        return state.f_bavail * state.f_frsize if state.f_blocks else None
     return None

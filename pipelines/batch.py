@@ -175,9 +175,10 @@ def run_batch(
             fault = str(error.fault) if isinstance(error, EnvironmentFault) else ""
             raise
         finally:
-            with suppress(EnvironmentFault):  # told below, where it matters more than its event
-                emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
-            write_summary(out)
+            if (out / ".work").is_dir():  # else what lay there is gone, maybe unmounted: no second one is begun in its place
+                with suppress(EnvironmentFault):  # told below, where it matters more than its event
+                    emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
+                write_summary(out)
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
