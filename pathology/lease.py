@@ -117,6 +117,8 @@ class Leases:
             return
         mine = place / token
         with suppress(FileNotFoundError), output_faults(place):
+            # A worker of an owner that was killed may have been at it when the slide was taken over.
+            sweep_temporaries(mine)
             if any(entry.name != OWNER for entry in mine.iterdir()):
                 mine.rename(place / FREE)
                 return

@@ -56,6 +56,13 @@ def test_one_of_two_has_a_slide_until_it_lets_go(place: Path, leases: Leases) ->
     two.close()
 
 
+def test_what_the_dead_were_writing_is_no_work(place: Path, leases: Leases) -> None:
+    assert leases.claim(place) is None
+    (place / leases.token(place) / f"tissue.png.{dead()}-3.tmp").touch()
+    leases.release(place)
+    assert not place.exists()
+
+
 def dead() -> str:
     """The token of a process of this system that has ended."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -19,7 +19,7 @@ import pytest
 from slides import noise_pixels, write_tiff
 
 import pathology
-from pathology import finish, runner, slide_worker, turns, worker
+from pathology import finish, slide_worker, turns, window, worker
 from pathology.errors import Reason
 from pathology.events import read_events
 from pathology.finish import read_manifest
@@ -71,8 +71,10 @@ def done_by_slide(out: Path) -> Counter[str]:
     return Counter(event["slide"] for event in read_events(out) if event["event"] == "slide-done")
 
 
-def no_work_left(out: Path) -> bool:
-    return not [path for path in (out / ".work").iterdir() if path.is_dir()]
+def work_left(out: Path) -> list[str]:
+    """What is left of unfinished work, and what is in it."""
+    work = out / ".work"
+    return [str(path.relative_to(work)) for path in work.rglob("*") if path.parent != work or path.is_dir()]
 
 
 @pytest.mark.fault("F13")
@@ -88,7 +90,7 @@ def test_two_runs_at_once_do_each_slide_once_and_both_have_all_outcomes(tmp_path
     assert [sorted(o.job.slide_id for o in outcomes[n]) for n in range(2)] == [slides, slides]
     assert {o.status for n in range(2) for o in outcomes[n]} == {"ok"}
     assert done_by_slide(tmp_path / "out") == dict.fromkeys(slides, 1)
-    assert no_work_left(tmp_path / "out")
+    assert work_left(tmp_path / "out") == []
 
 
 @pytest.mark.fault("F14")
@@ -112,7 +114,7 @@ def test_work_of_one_who_died_elsewhere_is_waited_for_and_gone_on_with(
     assert [(s.event, s.message) for s in steps if s.event == "waiting"] == [("waiting", "process 123 on node7")]
     assert [s.event for s in steps].count("region") == 7
     assert read_manifest(job.result_folder("identity")) == read_manifest(reference)
-    assert no_work_left(tmp_path)
+    assert work_left(tmp_path) == []
 
 
 def test_slides_of_others_are_put_aside_for_the_rest(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_slide_that_is_lost_on_the_way_is_no_failure_and_comes_again(
     assert seen.count("planned") == 2
     assert read_manifest(job.result_folder("identity")) == read_manifest(reference)
     assert done_by_slide(tmp_path) == {"small": 1}
-    assert no_work_left(tmp_path)
+    assert work_left(tmp_path) == []
 
 
 def test_what_was_begun_before_a_slide_was_lost_is_dropped_though_the_slide_is_owned_again(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_what_was_begun_before_a_slide_was_lost_is_dropped_though_the_slide_is_o
     outcomes = list(run(jobs, "sync", progress=lose))
     assert [(o.status, o.message) for o in outcomes] == [("ok", "")] * 2
     assert seen.count("planned") > 2
-    assert no_work_left(tmp_path / "out")
+    assert work_left(tmp_path / "out") == []
 
 
 def test_a_slide_that_another_has_is_not_copied_ahead(tmp_path: Path) -> None:
@@ -288,9 +290,9 @@ def test_a_run_lets_go_of_all_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyP
         next(outcomes)
     with closing(Leases()) as other:
         assert [other.claim(job.work_place) for job in jobs] == [None, None]
-    monkeypatch.setattr(runner, "SLIDES_AHEAD", 5)
+    monkeypatch.setattr(window, "SLIDES_AHEAD", 5)
     assert [o.before for o in run(jobs, "sync")] == [True, False]
-    assert no_work_left(tmp_path / "out")
+    assert work_left(tmp_path / "out") == []
 
 
 def start(folder: Path, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -351,7 +353,7 @@ def test_of_three_processes_one_is_killed_and_one_stopped_past_its_lease(schedul
     done = done_by_slide(out)
     assert max(done.values()) == 1
     assert len(done) >= slides - 1  # the killed one may have died between a result and its event
-    assert no_work_left(out)
+    assert work_left(out) == []
 
 
 @pytest.mark.fault("F13")
