@@ -168,6 +168,8 @@ def make_folders(folder: Path, within: Path | None = None) -> None:
         return
     if folder == within:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise EnvironmentFault(f"output {folder} is no folder; choose another --out", Fault.OUTPUT)
     make_folders(folder.parent, within)
     with _writing(folder):
         folder.mkdir(exist_ok=True)
@@ -191,20 +193,21 @@ def output_faults(path: Path) -> Iterator[None]:
             raise lack from error
         if error.errno not in DISK_ERRORS:
             raise
-        room = f" ({free_bytes(path.parent)} bytes are free)" if error.errno in FULL else ""
+        free = free_bytes(path.parent) if error.errno in FULL else None
+        room = "" if free is None else f" ({free} bytes are free)"
         remedy = f"make room{room} or restore access, then run the same again"
         fault = Fault.DISK_FULL if error.errno in FULL else Fault.OUTPUT
         raise EnvironmentFault(f"output {path.parent} cannot be written: {error.strerror}; {remedy}", fault) from error
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where `folder` lies, or will be made; 0 where that cannot be told."""
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that this user may still write where `folder` lies, or will be made; None where that cannot be told."""
     for place in (folder, *folder.parents):
         try:
             state = os.statvfs(place)
         except FileNotFoundError:
             continue
         except OSError:
-            return 0
-        return state.f_bavail * state.f_frsize
-    return 0
+            return None
+        return state.f_bavail * state.f_frsize if state.f_blocks else None
+    return None

@@ -80,9 +80,13 @@ def choose_encoding(spec: ModelSpec, dtype: Dtype | Literal["auto"]) -> Encoding
 
 
 def stored_bytes(spec: ModelSpec, dtype: Dtype | Literal["auto"], shape: tuple[int, int], tiles: int) -> int:
-    """Bytes of a result's heatmap of `shape`, or of the features of so many tiles, before they are compressed."""
+    """Bytes of a result's heatmap of `shape`, or of its features, with answers for so many tiles; before they are compressed.
+
+    Where nothing was predicted is left out: chunks of that alone are not stored, and elsewhere it is compressed to nothing.
+    """
     if spec.features:
         return tiles * spec.features * 4
     height, width = shape
     pyramid = 4 / 3 if max(height, width) > LARGE_PX else 1.0
-    return int(height * width * len(spec.classes) * pyramid * np.dtype(choose_encoding(spec, dtype).dtype).itemsize)
+    pixels = min(height * width, tiles * spec.output_px**2)
+    return int(pixels * len(spec.classes) * pyramid * np.dtype(choose_encoding(spec, dtype).dtype).itemsize)

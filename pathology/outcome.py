@@ -28,7 +28,7 @@ class Outcome:
 class Progress:
     """Something happened to a job.
 
-    "planned"   `tiles` forward passes are to come, and the result may take `bytes`
+    "planned"   `tiles` forward passes are to come, and the result may take `bytes`; Postponed may be raised
     "region"    `tiles` forward passes are done
     "in-place"  the slide is read where it lies although it was to be staged; `message` says why
     "waiting"   nothing is left but slides that other processes work on; `message` says which has this one
@@ -39,6 +39,10 @@ class Progress:
     tiles: int
     message: str = ""
     bytes: int = 0
+
+
+class Postponed(Exception):
+    """Raised by whoever is told that a job is "planned": it is not begun in this run, has no outcome, and others go on."""
 
 
 class Interrupted(PathologyError):

@@ -1,7 +1,7 @@
 """The bounded window of tasks: which one runs next, and what the end of each means for its slide and for the run.
 
-Promise: each region of each job is handed out once, or again alone if its worker died; every job ends with one outcome; and no
-more slides are begun than keep the devices busy.
+Promise: each region of each job is handed out once, or again alone if its worker died; every job ends with one outcome,
+unless it is postponed; and no more slides are begun than keep the devices busy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathology.events import emit
 from pathology.faults import used_up
 from pathology.job import Job
 from pathology.lease import Leases, Owner
-from pathology.outcome import Interrupted, Outcome, Progress
+from pathology.outcome import Interrupted, Outcome, Postponed, Progress
 from pathology.schedule import Done, Tasks
 from pathology.staging import Stage
 from pathology.trials import needed, try_models
@@ -393,9 +393,13 @@ class Window:
     def _begun(self, place: int, state: _State, prepared: slide_worker.Prepared) -> None:
         if self._deaths.reads_only:
             self._tell_hung()
+        try:
+            self._progress(Progress("planned", state.job, sum(prepared.tiles), bytes=prepared.bytes))
+        except Postponed:
+            state.ended = True
+            return
         state.todo = set(prepared.todo)
         state.tiles = dict(zip(prepared.todo, prepared.tiles, strict=True))
-        self._progress(Progress("planned", state.job, sum(prepared.tiles), bytes=prepared.bytes))
         if state.todo:
             self._group[place].begun[place] = prepared
         else:

@@ -18,19 +18,20 @@ from tqdm import tqdm
 
 from pathology.clock import total
 from pathology.durable import make_folders, output_faults
-from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError, one_line
+from pathology.errors import EnvironmentFault, Fault, PathologyError, Reason, SlideError, UsageError, one_line
 from pathology.events import emit
 from pathology.export import can_export
 from pathology.job import Job
 from pathology.lease import LEASE_S
 from pathology.model import ModelSpec
-from pathology.outcome import Interrupted, Outcome, Progress
+from pathology.outcome import Interrupted, Outcome, Postponed, Progress
 from pathology.together import pixels_of
 from pathology.trials import needed
 from pathology.watch import Limits
 from pipelines.bottleneck import bottleneck
 from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
 from pipelines.preflight import Found, Preflight
+from pipelines.printing import say
 from pipelines.room import MIN_FREE_BYTES, Room, size
 from pipelines.slides import SlideEntry
 from pipelines.stopping import INTERRUPTED
@@ -122,12 +123,14 @@ def run_batch(
                     failed += 1
                     _emit_kept(before, specs[job.model].name)
                     report.outcome(before, specs[job.model])
+            too_large: list[str] = []  # what to say of results that may not fit
             to_read = {job.slide_id for job in todo if needed(job)}
             preflight = Preflight([slide for slide in slides if slide.slide_id in to_read], settings, seen)
 
             def progress(step: Progress) -> None:
-                if step.event in ("planned", "region"):
-                    room.require(step.bytes)
+                if step.event in ("planned", "region") and (lack := room.lack(step.bytes)):
+                    too_large.append(f"the result of {step.job.slide_id} {lack}")
+                    raise Postponed
                 report.progress(step)
 
             @functools.cache
@@ -164,14 +167,18 @@ def run_batch(
                         why = f"{failed} slides failed or partial, more than --max-failures {conduct.max_failures}"
                         report.line(f"stopped: {why}")
                         break
+            if too_large and not why:
+                more = f" ({len(too_large) - 1} more may not fit)" if too_large[1:] else ""
+                raise EnvironmentFault(too_large[0] + more, Fault.DISK_FULL)
         except BaseException as error:
             why = one_line(error)
             fault = str(error.fault) if isinstance(error, EnvironmentFault) else ""
             raise
         finally:
-            with suppress(EnvironmentFault):  # told below, where it matters more than its event
-                emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
-            write_summary(out)
+            if (out / ".work").is_dir():  # else what lay there is gone, maybe unmounted: no second one is begun in its place
+                with suppress(EnvironmentFault):  # told below, where it matters more than its event
+                    emit(out, "run-end", {"failed": failed, "why": why, "fault": fault})
+                write_summary(out)
     report.end(out, failed, time.monotonic() - began, devices)
     return OK if failed <= conduct.allow_failures else SOME_FAILED
 
@@ -187,7 +194,7 @@ def _find_tissue(
     tissue_class(spec)
     looked_at = [slide for slide in slides if slide.mask is None]
     if looked_at:
-        print(f"tissue by {spec.name}:", flush=True)
+        say(f"tissue by {spec.name}:")
         run_batch(looked_at, [model], tissue_settings(settings, spec), replace(conduct, exports=()), stop, seen)
 
 
@@ -303,8 +310,8 @@ class _Report:
             self.line(f"failed    {job.slide_id}  {model_name}   {outcome.reason}: {outcome.message}{again}")
 
     def line(self, text: str) -> None:
-        # Names of slides may hold bytes that are no text: shown escaped rather than failing the run.
-        self._bar.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stdout)
+        with self._bar.external_write_mode(file=sys.stdout):
+            say(text)
 
     def close(self) -> None:
         self._bar.close()
@@ -320,15 +327,15 @@ class _Report:
                 "reasons": self._reasons,
                 "seconds": round(seconds, 3),
             }
-            print(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
+            say(json.dumps({**facts, "stages": stages, "working_s": round(working_s, 3), "devices": devices}))
             return
         done = self._ended - failed
-        print(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
+        say(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
         for reason, count in self._reasons.most_common():
-            print(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
+            say(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
         if line := bottleneck(stages, working_s, seconds * devices):
-            print(line)
-        print(NOTICE)
+            say(line)
+        say(NOTICE)
 
     def _describe(self) -> None:
         self._bar.set_description(f"{self._ended}/{self._jobs} slides", refresh=False)

@@ -5,6 +5,7 @@ Heavy imports happen inside the commands that need them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,13 +21,17 @@ import click
 
 from pathology.export import KINDS
 from pipelines.model_commands import models
-from pipelines.one_line import one_line_errors, printable
+from pipelines.one_line import one_line_errors
+from pipelines.printing import open_closed_streams, printable
 from pipelines.recipes import known_recipes, recipe_option
 from pipelines.result_commands import status, verify
 from pipelines.stopping import stop_on_signals
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
+
+# Of options that are numbers: 30 years in seconds.
+MOST = 1e9
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,6 +58,30 @@ class Bytes(click.ParamType[int]):
         if match is None or not (float(match[1]) or self._or_none):
             self.fail(f"{value!r} is no number of bytes; write 512M or 2G", param, context)
         return int(float(match[1]) * 1024 ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+class Number(click.FloatRange):
+    """A number within bounds; not nan, which no bound keeps out, and none so large that it is beyond clocks and disks."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        number: float = super().convert(value, param, context)
+        if not abs(number) <= MOST:
+            self.fail(f"{value!r} is no number up to {MOST:g}", param, context)
+        return number
+
+
+class Folder(click.Path):
+    """A path that may be a folder's, there or not; no word is not the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("'' names no folder; write . for this one", param, context)
+        try:
+            Path(value).stat()
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                self.fail(f"{str(value)!r}: {error.strerror}", param, context)
+        return super().convert(value, param, context)
 
 
 class BatchSize(click.ParamType[int | None]):
@@ -102,7 +131,7 @@ def job_options(command: Command) -> Command:
     """Options that decide what is computed; the same for `run` and `check`."""
     options = [
         recipe_option(lambda: run),
-        click.option("--slide-mpp", type=float, help="The slides' resolution in um per px, where files are silent or wrong."),
+        click.option("--slide-mpp", type=Number(), help="The slides' resolution in um per px, if files are silent or wrong."),
         click.option("--force", is_flag=True, help="Take --slide-mpp though a file states something more than 10 % different."),
         click.option(
             "--overlap",
@@ -112,7 +141,7 @@ def job_options(command: Command) -> Command:
             help="Overlap of neighbouring tiles: a share of the tile below 1, pixels at the model's mpp from 1 on.",
         ),
         click.option(
-            "--min-tissue", type=float, default=0.1, show_default=True, help="Share of a tile that must be tissue, 0 to 1."
+            "--min-tissue", type=Number(), default=0.1, show_default=True, help="Share of a tile that must be tissue, 0 to 1."
         ),
         click.option(
             "--tissue",
@@ -135,7 +164,7 @@ def job_options(command: Command) -> Command:
         ),
         click.option(
             "--heatmap-mpp",
-            type=float,
+            type=Number(),
             help="Coarsest um per pixel of dense maps: means are taken where the model runs.  [default: as it answers]",
         ),
         click.option(
@@ -159,7 +188,7 @@ def job_options(command: Command) -> Command:
             help="Memory for a worker's tiles and canvases, as 512M or 2G.  [default: 1G, or a quarter of what is free]",
         ),
         *reader_options(),
-        click.option("--limit", type=int, help="Only the first N slides."),
+        click.option("--limit", type=click.IntRange(min=1), help="Only the first N slides."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -169,7 +198,7 @@ def job_options(command: Command) -> Command:
 @main.command(epilog=EXIT_CODES)
 @click.argument("slides", nargs=-1, required=True, type=click.Path())
 @click.option("--model", "models", multiple=True, required=True, help="A model's name, folder or factory; several: repeat.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for results; run again to go on.")
+@click.option("--out", required=True, type=Folder(path_type=Path), help="Folder for results; run again to go on.")
 @job_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--threads", type=int, help="Torch threads on the CPU.  [default: measured]")
@@ -188,7 +217,9 @@ def job_options(command: Command) -> Command:
     help="sync, threads, processes (two for each device), or a Dask scheduler that runs: tls://HOST:PORT with certificates of "
     "Dask's configuration, or tcp://127.0.0.1:PORT.",
 )
-@click.option("--dashboard", metavar="PORT", help="Show Dask's dashboard on this port of 127.0.0.1.")
+@click.option(
+    "--dashboard", metavar="PORT", type=click.IntRange(0, 65535), help="Show Dask's dashboard on this port of 127.0.0.1."
+)
 @click.option("--export", "exports", multiple=True, type=click.Choice(KINDS), help="Write these as well.")
 @click.option(
     "--on-bad-tile",
@@ -199,17 +230,23 @@ def job_options(command: Command) -> Command:
 )
 @click.option("--overwrite", is_flag=True, help="Replace results that are partial, or made with other parameters or files.")
 @click.option("--retry-failed", is_flag=True, help="Try slides again that failed before.")
-@click.option("--max-failures", type=int, help="Stop after more than N failed or partial slides.")
-@click.option("--allow-failures", type=int, default=0, show_default=True, help="Exit 0 with up to N failed or partial slides.")
+@click.option("--max-failures", type=click.IntRange(min=0), help="Stop after more than N failed or partial slides.")
+@click.option(
+    "--allow-failures",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Exit 0 with up to N failed or partial slides.",
+)
 @click.option("--hash-input", is_flag=True, help="Record the sha256 of each slide's whole files, for verify --verify-input.")
 @click.option("--strict", is_flag=True, help="Refuse a slide whose regions were computed in different environments.")
 @click.option(
-    "--stage", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Copy slides to this local disk first."
+    "--stage", metavar="DIR", type=Folder(file_okay=False, path_type=Path), help="Copy slides to this local disk first."
 )
 @click.option(
     "--stage-size",
     metavar="GIB",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=64,
     show_default=True,
     help="Most GiB of slides there at once; a larger slide is read in place.",
@@ -221,7 +258,7 @@ def job_options(command: Command) -> Command:
     "--lease",
     "lease_s",
     metavar="SECONDS",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     default=60,
     show_default=True,
     help="Take over a slide from another process on this DIR when that showed no sign of life for so long.",
@@ -237,7 +274,7 @@ def job_options(command: Command) -> Command:
 @click.option(
     "--read-timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     default=300,
     show_default=True,
     help="End a worker process in which a read of a slide does not come on for so long.",
@@ -245,7 +282,7 @@ def job_options(command: Command) -> Command:
 @click.option(
     "--region-timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     default=1800,
     show_default=True,
     help="The same where nothing comes on: no tile read, none computed, nothing written.",
@@ -263,7 +300,7 @@ def run(
     device: str,
     threads: int | None,
     scheduler: str,
-    dashboard: str | None,
+    dashboard: int | None,
     exports: tuple[str, ...],
     retry_failed: bool,
     max_failures: int | None,
@@ -299,7 +336,7 @@ def run(
     require_fetched(models)
     conduct = Conduct(
         scheduler=scheduler,
-        dashboard=dashboard,
+        dashboard=None if dashboard is None else str(dashboard),
         exports=exports,
         retry_failed=retry_failed,
         max_failures=max_failures,
@@ -360,7 +397,7 @@ def check(slides: tuple[str, ...], models: tuple[str, ...], limit: int | None, a
 
 @main.command()
 @click.argument("slide", type=click.Path())
-@click.option("--slide-mpp", type=float, help="um per px, where the file is silent or wrong.")
+@click.option("--slide-mpp", type=Number(), help="um per px, where the file is silent or wrong.")
 @click.option("--force", is_flag=True, help="Take --slide-mpp though the file states something more than 10 % different.")
 @reader_options()[0]
 @click.option("--json", "as_json", is_flag=True)
@@ -386,7 +423,7 @@ def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json:
 @main.command()
 @click.option("--model", required=True, help="A model's name, folder or factory.")
 @click.option("--slide", required=True, type=click.Path(path_type=Path), help="A slide like those to be run.")
-@click.option("--slide-mpp", type=float, help="Its resolution in um per px, where the file is silent or wrong.")
+@click.option("--slide-mpp", type=Number(), help="Its resolution in um per px, where the file is silent or wrong.")
 @click.option("--tiles", type=int, default=1000, show_default=True, help="Measure on so many tiles.")
 @click.option("--overlap", type=float, default=0.0, show_default=True, help="As in run.")
 @click.option("--batch-size", type=BatchSize(), default=32, show_default=True, help="Tiles per model call, or auto.")
@@ -475,6 +512,7 @@ def _slides(named: tuple[str, ...], limit: int | None, settings: Any) -> Any:
 def console() -> NoReturn:
     """`main` as a program: what is on disk is whole, so the process ends without taking its libraries apart."""
     code: object = 0
+    open_closed_streams()
     try:
         main()
     except SystemExit as end:
@@ -482,12 +520,13 @@ def console() -> NoReturn:
     except BaseException:
         code = 1
         traceback.print_exc()  # a bug; threads may still be in calls that nothing ends
-    with suppress(BrokenPipeError):  # whoever read the output may be gone
-        if isinstance(code, str):
+    if isinstance(code, str):
+        with suppress(OSError):
             click.echo(code, err=True)
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read the output may be gone
+            stream.flush()
     os._exit(code if isinstance(code, int) else 0)
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from pathology.errors import UsageError
-from pipelines.one_line import one_line_errors, printable
+from pipelines.one_line import one_line_errors
+from pipelines.printing import printable
 
 if TYPE_CHECKING:
     from pathology.models.network import Activation, Colour

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from pipelines.one_line import one_line_errors, printable
+from pipelines.one_line import one_line_errors
+from pipelines.printing import printable
 
 
 @click.command()

@@ -20,18 +20,23 @@ class Room:
         self._out = out
         self._min_free = min_free
 
-    def require(self, needed: int = 0) -> None:
-        """Raise EnvironmentFault where `needed` more bytes would leave less than `min_free`."""
-        if not self._min_free or (free := free_bytes(self._out)) >= needed + self._min_free:
-            return
+    def require(self) -> None:
+        """Raise EnvironmentFault where less than `min_free` is left."""
+        self.lack(0)
+
+    def lack(self, needed: int) -> str:
+        """What to say where `needed` more bytes would leave less than `min_free`, "" where they would not; EnvironmentFault
+        where less is left as it is.
+        """
+        if not self._min_free or (free := free_bytes(self._out)) is None or free >= needed + self._min_free:
+            return ""
         keep = f"--min-free keeps {size(self._min_free)}"
-        if not needed:
+        if free < self._min_free:
             message = f"{size(free)} are free at {self._out}, and {keep}: make room, then run the same again"
             raise EnvironmentFault(message, Fault.DISK_FULL)
-        raise EnvironmentFault(
-            f"the next result may take {size(needed)} at {self._out}, of which {size(free)} are free, and {keep}: make room, "
-            "choose another --out or a coarser --heatmap-mpp, or let it run until the disk is full with --min-free 0",
-            Fault.DISK_FULL,
+        return (
+            f"may take {size(needed)} at {self._out}, of which {size(free)} are free, and {keep}: make room, "
+            "choose another --out or a coarser --heatmap-mpp, or let it run until the disk is full with --min-free 0"
         )
 
     def shortage(self, most: int) -> str:
@@ -39,7 +44,7 @@ class Room:
 
         Glass and compression make results a fraction of that: no reason to refuse a run, but one to look.
         """
-        if not self._min_free or (free := free_bytes(self._out)) >= most + self._min_free:
+        if not self._min_free or (free := free_bytes(self._out)) is None or free >= most + self._min_free:
             return ""
         return (
             f", and {size(free)} are free: should less than {size(self._min_free)} be left, the run stops, to be gone on with"

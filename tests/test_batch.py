@@ -20,11 +20,12 @@ from PIL import Image
 from slides import cut, pyramid, smooth_pixels, write_tiff
 
 from pathology import Job, open_heatmap, slide_worker
-from pathology.errors import Reason, SlideError
+from pathology.errors import EnvironmentFault, Reason, SlideError
 from pathology.events import read_events
 from pathology.outcome import Outcome
 from pipelines import summary
 from pipelines.cli import main
+from pipelines.room import Room
 from pipelines.slides import SlideEntry, find_slides, share
 from pipelines.summary import known_failures, read_failure, write_failure, write_summary
 
@@ -412,18 +413,39 @@ def test_a_vanished_share_is_the_machines_fault_and_fails_no_slide(slide: Path, 
 
     job = Job(slide=str(share / "s.svs"), slide_id="s", root=str(share), model=MODEL, out=str(out))
     shutil.rmtree(share)
-    from pathology.errors import EnvironmentFault
-
     with pytest.raises(EnvironmentFault, match="share of the slides is gone; mount it"):
         list(run_jobs([job], "sync"))
 
 
 @pytest.mark.fault("F10")
-def test_an_output_that_cannot_be_written_is_exit_3(slide: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("below", "why"), [("file", "/file is no folder; choose another"), ("/proc", "No such file or directory")]
+)
+def test_an_output_that_cannot_be_made_is_exit_3(below: str, why: str, slide: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = run(slide, "--out", tmp_path / "file" / "out")
+    done = run(slide, "--out", tmp_path / below / "out")
     assert done.exit_code == 3, done.output
-    assert len(done.output.splitlines()) == 1
+    (line,) = done.output.splitlines()
+    assert why in line
+
+
+@pytest.mark.fault("F10")
+def test_an_output_that_may_only_be_read_is_exit_3(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(slide_worker, "open_slide", lambda path, *_, **__: opened.append(path))
+    out = tmp_path / "out"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", out], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", out], check=True)
+        done = run(slide, "--out", out, "--min-free", 0)
+    finally:
+        subprocess.run(["umount", out], check=True)
+    assert done.exit_code == 3, done.output
+    (line,) = done.output.splitlines()
+    assert line.startswith(f"pathology: output {out} cannot be written: Read-only file system; ")
+    assert opened == []
 
 
 def test_shares_of_the_slides_are_all_of_them_and_none_twice(tmp_path: Path) -> None:
@@ -587,3 +609,58 @@ def test_an_overlap_that_is_no_number_is_one_line(overlap: str, slide: Path, tmp
     done = run(slide, "--overlap", overlap, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert f"overlap {overlap} is no number" in done.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--lease", "nan", "'nan' is no number"),
+        ("--read-timeout", "nan", "'nan' is no number"),
+        ("--region-timeout", "inf", "'inf' is no number"),
+        ("--stage-size", "inf", "'inf' is no number"),
+        ("--limit", "-1", "-1 is not in the range x>=1"),
+        ("--limit", "0", "0 is not in the range x>=1"),
+        ("--max-failures", "-1", "-1 is not in the range x>=0"),
+        ("--allow-failures", "-1", "-1 is not in the range x>=0"),
+        ("--dashboard", "abc", "'abc' is not a valid integer"),
+        ("--out", "", "'' names no folder"),
+        ("--stage", "", "'' names no folder"),
+        ("--out", "loop", "Too many levels of symbolic links"),
+        ("--out", "x" * 300, "File name too long"),
+        ("--slide-mpp", "nan", "nan"),
+        ("--overlap", "nan", "nan"),
+        ("--heatmap-mpp", "nan", "nan"),
+        ("--min-tissue", "nan", "nan"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused(
+    option: str, value: str, said: str, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    done = run(slide, "--out", "out", option, value)
+    assert done.exit_code == 2, done.output
+    assert said in " ".join(done.output.split())
+    assert not Path("out").exists()
+
+
+def test_a_table_that_cannot_be_written_is_a_line(slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "summary.csv").mkdir(parents=True)
+    done = run(slide, "--out", tmp_path / "out")
+    assert done.exit_code == 3
+    assert [line for line in done.output.splitlines() if "Is a directory" in line] == done.output.splitlines()[-1:]
+
+
+@pytest.mark.fault("F10")
+def test_an_output_that_vanishes_is_not_begun_anew(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def unmounted(_: object, needed: int) -> str:
+        shutil.rmtree(out)
+        out.mkdir()
+        raise EnvironmentFault("the output is gone")
+
+    monkeypatch.setattr(Room, "lack", lambda room, needed: unmounted(room, needed) if (out / "events").exists() else "")
+    done = run(slide, "--out", out)
+    assert done.exit_code == 3
+    assert list(out.iterdir()) == []

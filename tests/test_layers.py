@@ -124,6 +124,7 @@ ORDER = [
     "pathology",
     "pipelines",
     "pipelines.stopping",
+    "pipelines.printing",
     "pipelines.slides",
     "pipelines.config",
     "pipelines.summary",

@@ -265,7 +265,8 @@ def test_a_result_that_may_not_fit_is_not_begun(folder: Path, tmp_path: Path, di
     done = command(*slides, "--out", out, "--min-free", "1M", model=DENSE)
     assert done.exit_code == 3, done.output
     (line,) = [line for line in done.output.splitlines() if line.startswith("pathology: ")]
-    assert f"the next result may take {room.size(RESULT_BYTES)} at {out}" in line
+    assert f"may take {room.size(RESULT_BYTES)} at {out}" in line
+    assert "1 more" in line
     assert f"{room.size(disk[0])} are free, and --min-free keeps 1.05 MB: make room" in line
     assert started(out) == 0
     assert not list(out.rglob(FAILED))
@@ -275,6 +276,31 @@ def test_a_result_that_may_not_fit_is_not_begun(folder: Path, tmp_path: Path, di
     done = command(*slides, "--out", out, "--min-free", "1M", model=DENSE)
     assert done.exit_code == 0, done.output  # what is there already takes no more
     assert done.output.count("done before") == len(slides)
+
+
+@pytest.mark.fault("F09")
+def test_a_result_that_may_not_fit_lets_others_go_first(folder: Path, tmp_path: Path, disk: list[int]) -> None:
+    write_tiff(folder / "a.svs", [smooth_pixels(600, 800)])
+    out = tmp_path / "out"
+    disk[:] = [2**20 + 2 * RESULT_BYTES]
+    done = command(folder / "a.svs", folder / "c.svs", "--out", out, "--min-free", "1M", model=DENSE)
+    assert done.exit_code == 3, done.output
+    assert "result of a-" in done.output.splitlines()[-1]
+    assert [name.partition("-")[0] for name in manifests(out)] == ["c"]
+    assert not list(out.rglob(FAILED))
+    disk[:] = [GIB]
+    done = command(folder / "a.svs", folder / "c.svs", "--out", out, "--min-free", "1M", model=DENSE)
+    assert (done.exit_code, len(manifests(out))) == (0, 2)
+
+
+@pytest.mark.fault("F09")
+def test_glass_takes_no_room(folder: Path, tmp_path: Path, disk: list[int]) -> None:
+    pixels = smooth_pixels(1024, 1024) // 4
+    pixels[:, 64:] = pixels[64:] = 255
+    write_tiff(folder / "a.svs", [pixels])
+    disk[:] = [2**20 + 9 * 64 * 64 * 3 * 4 * 4 // 3]  # the tile of tissue, and those that may touch it
+    done = command(folder / "a.svs", "--out", tmp_path / "out", "--min-free", "1M", "--tissue", "otsu", model=DENSE)
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("missing", [1, 0])
@@ -317,9 +343,10 @@ def test_a_disk_that_fills_up_stops_the_run_before_it_is_full(folder: Path, tmp_
 
 def test_room_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path)
-    Room(tmp_path / "not" / "there", 1).require(free.f_bavail * free.f_frsize // 2)
-    with pytest.raises(EnvironmentFault, match="the next result may take"):
-        Room(tmp_path / "not" / "there", 1).require(free.f_bavail * free.f_frsize * 2)
+    assert Room(tmp_path / "not" / "there", 1).lack(free.f_bavail * free.f_frsize // 2) == ""
+    with pytest.raises(EnvironmentFault, match="make room, then run the same again"):
+        Room(tmp_path / "not" / "there", free.f_bavail * free.f_frsize * 2).require()
+    assert Room(tmp_path / "not" / "there", 1).lack(free.f_bavail * free.f_frsize * 2)
 
 
 @pytest.mark.parametrize("text", ["lots", "-1", "1X"])
