@@ -6,21 +6,25 @@ from enum import StrEnum
 from typing import Self
 
 
-class Reason(StrEnum):
-    """Why a slide has no result, or no whole one; the word in `summary.csv`, events and `result.json`.
-
-    meaning  what it says of the slide
-    remedy   what a person can do about it
-    """
+class _Remedied(StrEnum):
+    """Words for machines, each with what it means and what a person can do about it."""
 
     meaning: str
     remedy: str
 
     def __new__(cls, word: str, meaning: str = "", remedy: str = "") -> Self:
-        reason = str.__new__(cls, word)
-        reason._value_ = word
-        reason.meaning, reason.remedy = meaning, remedy
-        return reason
+        told = str.__new__(cls, word)
+        told._value_ = word
+        told.meaning, told.remedy = meaning, remedy
+        return told
+
+
+class Reason(_Remedied):
+    """Why a slide has no result, or no whole one; the word in `summary.csv`, events and `result.json`.
+
+    meaning  what it says of the slide
+    remedy   what a person can do about it
+    """
 
     MISSING = "missing", "no such path, or a part of the slide is not there", "correct the path, or copy what is missing"
     EMPTY = "empty_file", "the file has no bytes", "copy it again from its source"
@@ -68,21 +72,12 @@ class Reason(StrEnum):
     INTERNAL = "internal", "a bug in this program", "report it, with the message"
 
 
-class Fault(StrEnum):
+class Fault(_Remedied):
     """What of the machine ends a run, which then fails no slide (exit code 3); the word in the event `run-end`.
 
     meaning  what is at fault
     remedy   what a person can do about it, before the same command goes on
     """
-
-    meaning: str
-    remedy: str
-
-    def __new__(cls, word: str, meaning: str = "", remedy: str = "") -> Self:
-        fault = str.__new__(cls, word)
-        fault._value_ = word
-        fault.meaning, fault.remedy = meaning, remedy
-        return fault
 
     SHARE_GONE = "share_gone", "what slides lie on does not answer, or is not mounted", "mount it or restore access"
     DISK_FULL = "disk_full", "there is no room for results, or less than `--min-free`", "make room"

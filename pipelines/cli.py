@@ -5,10 +5,8 @@ Heavy imports happen inside the commands that need them.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import click
 from pathology.export import KINDS
 from pipelines.model_commands import models
 from pipelines.one_line import one_line_errors
+from pipelines.option_types import BatchSize, Bytes, Folder, Number, Shard
 from pipelines.printing import open_closed_streams, printable
 from pipelines.recipes import known_recipes, recipe_option
 from pipelines.result_commands import status, verify
@@ -29,9 +28,6 @@ from pipelines.stopping import stop_on_signals
 
 EXIT_CODES = """\b
 Exit codes: 0 all well; 1 slides failed or partial; 2 usage or model; 3 output, disk or device; 75 interrupted: run it again."""
-
-# Of options that are numbers: 30 years in seconds.
-MOST = 1e9
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,68 +41,9 @@ def main(context: click.Context, debug: bool) -> None:
     context.obj = debug
 
 
-class Bytes(click.ParamType[int]):
-    """A number of bytes for people: 512M, 2G, 1.5GiB; 0 only where that is something."""
-
-    name = "size"
-
-    def __init__(self, or_none: bool = False) -> None:
-        self._or_none = or_none
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?\s*", str(value))
-        if match is None or not (float(match[1]) or self._or_none):
-            self.fail(f"{value!r} is no number of bytes; write 512M or 2G", param, context)
-        return int(float(match[1]) * 1024 ** " kMGT".index(match[2].replace("K", "k") or " "))
-
-
-class Number(click.FloatRange):
-    """A number within bounds; not nan, which no bound keeps out, and none so large that it is beyond clocks and disks."""
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
-        number: float = super().convert(value, param, context)
-        if not abs(number) <= MOST:
-            self.fail(f"{value!r} is no number up to {MOST:g}", param, context)
-        return number
-
-
-class Folder(click.Path):
-    """A path that may be a folder's, there or not; no word is not the working directory."""
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        if not str(value):
-            self.fail("'' names no folder; write . for this one", param, context)
-        try:
-            Path(value).stat()
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-                self.fail(f"{str(value)!r}: {error.strerror}", param, context)
-        return super().convert(value, param, context)
-
-
-class BatchSize(click.ParamType[int | None]):
-    """A number of tiles, or auto, which is None."""
-
-    name = "integer|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
-        if value == "auto":
-            return None
-        if not re.fullmatch(r"\d+", str(value)) or not int(value):
-            self.fail(f"{value!r} is no batch size; use a number from 1, or auto", param, context)
-        return int(value)
-
-
-class Shard(click.ParamType[tuple[int, int]]):
-    """One of so many shares: 2/5."""
-
-    name = "i/n"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)/(\d+)", str(value))
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            self.fail(f"{value!r} is no share; write 1/4 for the first of four, up to 4/4", param, context)
-        return int(match[1]), int(match[2])
+def seconds_option(name: str, default: int, text: str) -> Callable[[Command], Command]:
+    """A time to wait, of a second at least."""
+    return click.option(name, metavar="SECONDS", type=Number(min=1), default=default, show_default=True, help=text)
 
 
 def reader_options() -> list[Callable[[Command], Command]]:
@@ -254,14 +191,8 @@ def job_options(command: Command) -> Command:
 @click.option(
     "--shard", metavar="I/N", type=Shard(), help="Only the I-th of N shares of the slides, by their ids; I from 1 to N."
 )
-@click.option(
-    "--lease",
-    "lease_s",
-    metavar="SECONDS",
-    type=Number(min=1),
-    default=60,
-    show_default=True,
-    help="Take over a slide from another process on this DIR when that showed no sign of life for so long.",
+@seconds_option(
+    "--lease", 60, "Take over a slide from another process on this DIR when that showed no sign of life for so long."
 )
 @click.option(
     "--min-free",
@@ -271,22 +202,8 @@ def job_options(command: Command) -> Command:
     show_default=True,
     help="Stop when less is free at DIR, and before a result that may not fit beside it; 0: go on until the disk is full.",
 )
-@click.option(
-    "--read-timeout",
-    metavar="SECONDS",
-    type=Number(min=1),
-    default=300,
-    show_default=True,
-    help="End a worker process in which a read of a slide does not come on for so long.",
-)
-@click.option(
-    "--region-timeout",
-    metavar="SECONDS",
-    type=Number(min=1),
-    default=1800,
-    show_default=True,
-    help="The same where nothing comes on: no tile read, none computed, nothing written.",
-)
+@seconds_option("--read-timeout", 300, "End a worker process in which a read of a slide does not come on for so long.")
+@seconds_option("--region-timeout", 1800, "The same where nothing comes on: no tile read, none computed, nothing written.")
 @click.option(
     "--memory-limit",
     type=Bytes(),
@@ -313,7 +230,7 @@ def run(
     stage: Path | None,
     stage_size: float,
     shard: tuple[int, int] | None,
-    lease_s: float,
+    lease: float,
     min_free: int,
     read_timeout: float,
     region_timeout: float,
@@ -342,7 +259,7 @@ def run(
         max_failures=max_failures,
         allow_failures=allow_failures,
         log_format=log_format,
-        lease_s=lease_s,
+        lease_s=lease,
         min_free=min_free,
         limits=Limits(read_timeout, region_timeout, memory_limit or 0),
     )

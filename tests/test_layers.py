@@ -125,6 +125,7 @@ ORDER = [
     "pipelines",
     "pipelines.stopping",
     "pipelines.printing",
+    "pipelines.option_types",
     "pipelines.slides",
     "pipelines.config",
     "pipelines.summary",
@@ -168,6 +169,7 @@ HEAVY = {
     "click": (
         "pipelines.cli",
         "pipelines.one_line",
+        "pipelines.option_types",
         "pipelines.model_commands",
         "pipelines.recipes",
         "pipelines.result_commands",
