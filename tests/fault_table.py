@@ -1,6 +1,6 @@
 """A table of the catalogue of faults: which tests show a row, and how they ended. Loaded by conftest.py.
 
-Promise: `pytest --fault-table FILE` names every row that a test of this session is marked with, also across xdist's processes.
+Promise: `pytest --fault-table=FILE` names every row that a test of this session is marked with, also across xdist's processes.
 What another session has written there stays, so that quick and slow tests make one table.
 """
 

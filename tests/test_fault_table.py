@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -87,3 +89,13 @@ def test_what_another_session_has_written_stays(tmp_path: Path) -> None:
         "| F01 | passed | `test_other` |",
         "| F02 | failed and passed | `test_quick`, `test_slow[a, b]` |",
     ]
+
+
+def test_the_second_session_of_ci_adds_to_the_table_of_the_first(tmp_path: Path) -> None:
+    """pytest takes a word that names a file for a place of tests, and then looks for this option there."""
+    sessions = re.findall(r'^make test.* ARGS="(.*?)"', (ROOT / ".ci" / "run").read_text(), flags=re.M)
+    assert len(sessions) == 2
+    (tmp_path / "faults").write_text("of the first\n")
+    for words in sessions:
+        options = words.replace("$logs", str(tmp_path)).split()
+        subprocess.run([sys.executable, "-m", "pytest", "--markers", *options], cwd=ROOT, check=True, capture_output=True)
