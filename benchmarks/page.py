@@ -114,6 +114,12 @@ ROOFS: tuple[Column, ...] = (
     ("CPU ms per tile", lambda row, _: f"{row['cpu_ms']:.3f}"),
     ("tiles/s on one core", lambda row, _: f"{1e3 / row['cpu_ms']:.0f}"),
 )
+STORAGE: tuple[Column, ...] = (
+    ("wall s", lambda row, _: f"{row['wall_s']:.2f}"),
+    ("tiles/s", lambda row, _: f"{row['tiles'] / row['wall_s']:.0f}"),
+    ("x", times(lambda row: rate(row, "wall_s"))),
+    SPREAD,
+)
 MEMORY: tuple[Column, ...] = (
     ("peak MB", lambda row, _: f"{row['peak'] / 1e6:.0f}"),
     ("bound MB", lambda row, _: f"{row['bound'] / 1e6:.0f}" if "bound" in row else ""),
@@ -135,7 +141,7 @@ def table(rows: Medians, columns: Iterable[Column]) -> Iterator[str]:
 def page(parts: Mapping[str, Rounds], machine: str, cores: int, notes: Sequence[str] = ()) -> str:
     """The whole page.
 
-    parts    rounds by part: "reading", "whole", "roofs", "memory"; those that are missing are left out
+    parts    rounds by part: "reading", "whole", "roofs", "storage", "memory"; those that are missing are left out
     machine  what it was measured on, a line
     notes    contestants that could not run, and why, a line each
     """
@@ -160,6 +166,11 @@ def page(parts: Mapping[str, Rounds], machine: str, cores: int, notes: Sequence[
             lines += [f"{title}:", "", *table(rows, [*RATES, SPREAD, *checked])]
         lines += _after_start(found["whole"], next(iter(roofs.values()), {}), cores)
         lines += _twice(found["whole"])
+    if "storage" in found:
+        lines += ["", "## Slow storage", ""]
+        lines += ["5 ms more for each read and 200 MB/s in all; from the first region's start to the last one's end.", ""]
+        for title, rows in found["storage"].items():
+            lines += [f"{title}:", "", *table(rows, STORAGE)]
     if "memory" in found:
         lines += ["", "## Peak memory: PSS summed over all processes, ten samples a second, beside what `check` states", ""]
         lines += table(next(iter(found["memory"].values())), MEMORY)

@@ -307,7 +307,27 @@ def memory(choice: Choice) -> Rounds:
     return {"memory": alternately(contestants, choice)}
 
 
-PARTS = {part.__name__: part for part in (reading, roofs, whole, memory)}
+def storage(choice: Choice) -> Rounds:
+    """From the first region's start to the last one's end: from this disk, and with 5 ms more a read and 200 MB/s in all."""
+    slow = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(HERE / "slow"), ENVIRONMENT["PYTHONPATH"]))}
+
+    def inferring(name: str, environment: dict[str, str]) -> Row:
+        out = emptied("ours")
+        measure([COMMAND, "run", str(slide(name)), "--model", model("tiny"), "--out", str(out)], environment)
+        lines = (line for log in (out / "events").glob("*.jsonl") for line in log.read_text().splitlines())
+        events = [event for line in lines if (event := json.loads(line))["event"] in ("region-start", "region-done")]
+        times = [event["time"] for event in events]
+        return {"wall_s": max(times) - min(times), "tiles": float(sum(event.get("tiles", 0) for event in events))}
+
+    found = {}
+    for name in choice.slides or ("s40",):
+        disks = {"this disk": ENVIRONMENT, "slow storage": slow}
+        contestants: dict[str, Contestant] = {disk: functools.partial(inferring, name, disks[disk]) for disk in disks}
+        found[f"tiny on {name}"] = alternately(contestants, choice)
+    return found
+
+
+PARTS = {part.__name__: part for part in (reading, roofs, whole, storage, memory)}
 
 
 def machine() -> str:

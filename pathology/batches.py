@@ -7,7 +7,7 @@ slow storage is waited for by threads that do nothing else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +28,8 @@ Pixels = NDArray[np.uint8]
 # Tiles are read by the chunk: handing each over to a thread by itself costs as much as copying it.
 CHUNK_BYTES = 2**20
 CHUNKS_AHEAD = 2
+# Of tiles side by side so many of a level's pixels are read as one: what lies under the border of two is then looked up once.
+STRIP_PX = 5 * 2**18
 # Of slow storage the bytes under a row of tiles are fetched together, this many rows ahead, by threads that only wait.
 FETCH_THREADS = 4
 ROWS_AHEAD = 4
@@ -148,7 +150,33 @@ def read_chunk(slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.
     chunk = list(windows(slide, spec, grid, tiles))
     if len(chunk) > 1:
         slide.prefetch(chunk)
-    return (_read(slide, window) for window in chunk)
+    return (tile for row in strips(slide, chunk) for tile in _read(slide, row))
+
+
+def strips(slide: Slide, windows: Iterable[Window]) -> Iterator[list[Window]]:
+    """The windows, those in a row that touch and lie inside the slide together, as many as `STRIP_PX` allow."""
+    strip: list[Window] = []
+    within = True
+    for window in windows:
+        before, within = within, slide.inside(window)
+        together = strip and before and within and _touch(strip[-1], window) and _pixels(strip[0], window) <= STRIP_PX
+        if strip and not together:
+            yield strip
+            strip = []
+        strip.append(window)
+    if strip:
+        yield strip
+
+
+def _touch(left: Window, right: Window) -> bool:
+    """Whether `right` begins in `left` or where that ends, in the same row."""
+    a, b = left.box, right.box
+    return (left.level, left.reduce, a.y, a.height) == (right.level, right.reduce, b.y, b.height) and a.x <= b.x <= a.x1
+
+
+def _pixels(first: Window, last: Window) -> int:
+    """Pixels of the level from one window to another."""
+    return first.box.height * (last.box.x1 - first.box.x) * first.reduce**2
 
 
 class _Local:
@@ -199,13 +227,14 @@ class _LocalChunk:
         self.read.cancel()
 
 
-def _read(slide: Slide, window: Window) -> Pixels | None:
+def _read(slide: Slide, strip: list[Window]) -> list[Pixels | None]:
     try:
-        return slide.read_window(window)
+        return [*slide.read_strip(strip)]
     except SlideError as error:
         if error.reason is not Reason.CORRUPT_TILES:
             raise
-        return None
+        # Of several only those are lost that hold the damage.
+        return [None] if len(strip) == 1 else [tile for window in strip for tile in _read(slide, [window])]
 
 
 def _rows(rows: NDArray[np.int32]) -> list[tuple[int, int]]:

@@ -14,7 +14,14 @@ from contextlib import contextmanager
 STAGES = ("read", "decode", "resample", "copy", "model", "stitch", "write")
 
 
-_active = threading.local()
+class _Active(threading.local):
+    """What this thread counts for, and what it has counted since it began to: told at the end, so that a step takes no lock."""
+
+    clock: Clock | None = None
+    seconds: dict[str, float] | None = None
+
+
+_active = _Active()
 
 
 class Clock:
@@ -67,33 +74,35 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def current() -> Clock | None:
     """The clock that this thread counts for."""
-    clock: Clock | None = getattr(_active, "clock", None)
-    return clock
+    return _active.clock
 
 
 @contextmanager
 def counting(clock: Clock | None) -> Iterator[None]:
-    """Let what this thread does inside count for `clock`."""
-    before = current()
-    _active.clock = clock
+    """Let what this thread does inside count for `clock`, which is told at the end."""
+    before = _active.clock, _active.seconds
+    seconds: dict[str, float] | None = None if clock is None else {}
+    _active.clock, _active.seconds = clock, seconds
     try:
         yield
     finally:
-        _active.clock = before
+        _active.clock, _active.seconds = before
+        if clock is not None and seconds:
+            clock.merge(seconds)
 
 
 class timed:
     """Count the time spent inside as `stage` of this thread's clock."""
 
-    __slots__ = ("_began", "_clock", "_stage")
+    __slots__ = ("_began", "_seconds", "_stage")
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
 
     def __enter__(self) -> None:
-        self._clock = current()
-        self._began = time.perf_counter() if self._clock is not None else 0.0
+        self._seconds = _active.seconds
+        self._began = time.perf_counter() if self._seconds is not None else 0.0
 
     def __exit__(self, *raised: object) -> None:
-        if self._clock is not None:
-            self._clock.add(self._stage, time.perf_counter() - self._began)
+        if self._seconds is not None:
+            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._began

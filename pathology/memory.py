@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from pathology.batches import tiles_ahead
+from pathology.batches import STRIP_PX, chunk_tiles, tiles_ahead
 from pathology.device import set_threads
 from pathology.errors import ModelError
 from pathology.job import Job
@@ -81,13 +81,14 @@ def memory_bound(plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, 
     plans  of models whose regions are read together, each with its card and batch size
 
     Canvases, each with the bands on their way to disk; the batches being filled and computed; answers to as many tiles as a
-    region hands in before it takes them (two batches); tiles read ahead, and those on their way to several models; and a source
-    window for each reader, as RGB with mask, and as Pillow's four bytes a pixel.
+    region hands in before it takes them (two batches); tiles read ahead, and those on their way to several models; and for each
+    reader a source window, or a strip of several, as RGB with mask, and as Pillow's four bytes a pixel.
     """
     first, spec, _ = plans[0]
-    window = (first.grid.l0_tile + 8) ** 2 * (3 + 1 + 4)
+    window = (first.grid.l0_tile + 8) ** 2
+    read = max(window, min(STRIP_PX, chunk_tiles(spec.input_px) * window)) * (3 + 1 + 4)
     tiles = regions * (tiles_ahead(spec.input_px, readers) + (tiles_handed(spec.input_px) if len(plans) > 1 else 0))
-    bound = tiles * _tile_bytes(spec) + readers * window
+    bound = tiles * _tile_bytes(spec) + readers * read
     for plan, spec, batch_size in plans:
         bound += regions * region_bytes(plan, spec.channels) + batch_size * slot_bytes(spec, regions)
     return int(bound)

@@ -5,7 +5,7 @@ Promise: `read` gives RGB of any box of any level, white outside the scan, from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -177,9 +177,21 @@ class Slide:
 
     def read_window(self, window: Window) -> NDArray[np.uint8]:
         """(height, width, 3) uint8 of a window."""
-        pixels = self.read(window.level, window.box) if window.reduce == 1 else self._read_reduced(window)
+        return self.read_strip([window])[0]
+
+    def read_strip(self, windows: Sequence[Window]) -> list[NDArray[np.uint8]]:
+        """`read_window` of each of windows of one row, read as one: of the same level, height and `reduce`, each beginning no
+        farther right than the one before it ends; several only where all are `inside`."""
+        first = windows[0]
+        box = Box(first.box.y, first.box.x, first.box.height, windows[-1].box.x1 - first.box.x)
+        pixels = self.read(first.level, box) if first.reduce == 1 else self._read_reduced(first.level, box, first.reduce)
         with timed("resample"):
-            return resize(pixels, window)
+            return [resize(pixels[:, w.box.x - box.x : w.box.x1 - box.x], w) for w in windows]
+
+    def inside(self, window: Window) -> bool:
+        """Whether all that the window reads lies on the slide."""
+        box = _whole(window.box, window.reduce)
+        return box.intersect(self._level_box(window.level)) == box
 
     def prefetch(self, windows: Iterable[Window]) -> None:
         """Fetch the bytes under `windows` that will be read soon; without effect where the reader has no use for it."""
@@ -201,17 +213,17 @@ class Slide:
         """Whether `prefetch` is worth a thread that waits for it."""
         return self._tiles is not None and self._tiles.slow
 
-    def _read_reduced(self, window: Window) -> NDArray[np.uint8]:
-        box, k = window.box, window.reduce
-        whole = Box(box.y * k, box.x * k, box.height * k, box.width * k)
-        if self._tiles is not None and whole.intersect(self._level_box(window.level)) == whole:
+    def _read_reduced(self, level: int, box: Box, factor: int) -> NDArray[np.uint8]:
+        """`box` in pixels of the level reduced by `factor`."""
+        whole = _whole(box, factor)
+        if self._tiles is not None and whole.intersect(self._level_box(level)) == whole:
             with under_way("read"):
-                pixels = self._tiles.read_reduced(window.level, box, k)
+                pixels = self._tiles.read_reduced(level, box, factor)
             if pixels is not None:
                 return pixels
-        full = self.read(window.level, whole)
+        full = self.read(level, whole)
         with timed("resample"):
-            return reduced(full, k)
+            return reduced(full, factor)
 
     def read_mpp(self, box: Box, mpp: float) -> NDArray[np.uint8]:
         """(H, W, 3) uint8: `box` in pixels of the slide seen at `mpp` um/px; (0, 0) is the slide's corner."""
@@ -238,3 +250,8 @@ class Slide:
         if not mpp > 0:
             raise UsageError(f"mpp {mpp} um/px: ask for a resolution above 0")
         return mpp_ratio(mpp, self.info.mpp)
+
+
+def _whole(box: Box, factor: int) -> Box:
+    """A box in pixels of a level reduced by `factor`, in those of the level."""
+    return Box(box.y * factor, box.x * factor, box.height * factor, box.width * factor)

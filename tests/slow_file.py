@@ -25,6 +25,7 @@ class SlowFile:
     ) -> None:
         self.calls = 0
         self.bytes = 0
+        self._pread = os.pread  # as it is now: this may take its place
         self._latency_s = latency_s
         self._bytes_per_s = bytes_per_s
         self._burst_s = burst_bytes / bytes_per_s
@@ -35,7 +36,7 @@ class SlowFile:
 
     def pread(self, descriptor: int, count: int, offset: int) -> bytes:
         """Up to `count` bytes of the file at `offset`, as os.pread gives them, but late."""
-        data = os.pread(descriptor, count, offset)
+        data = self._pread(descriptor, count, offset)
         with self._lock:
             now = self._clock()
             self.calls += 1

@@ -64,6 +64,7 @@ def test_the_page() -> None:
             "tiny on s40dot": {PLAIN: [row(8, 250, 0.5)], EXACT: [row(3.5, 125, 0.5)]},
         },
         "roofs": {"roofs": {"decode s40": [{"cpu_ms": 4.0}], "tiny": [{"cpu_ms": 2.0}]}},
+        "storage": {"tiny on s40": {"this disk": [row(4, 1000)], "slow storage": [row(5, 1000)]}},
     }
     text = page(parts, "Measured on 2 cores.", 2, ["X: ERROR: no such package"])
     lines = text.splitlines()
@@ -72,6 +73,7 @@ def test_the_page() -> None:
     # 375 tiles in 1.5 s, each 6 ms of CPU, on two cores.
     assert "Share of the roof, ours, exact: 0.75" in lines
     assert "- ours, exact, tiny on s40: 1.00" in lines
+    assert "| slow storage | 5.00 | 200 | 0.80 | 0% |" in lines
     assert "- X: ERROR: no such package" in lines
     assert text == page(parts, "Measured on 2 cores.", 2, ["X: ERROR: no such package"])
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pathology import open_slide
-from pathology.batches import ReadPool, read_tiles, tiles_ahead
+from pathology.batches import ReadPool, read_tiles, strips, tiles_ahead, windows
 from pathology.errors import ModelError, Reason, SlideError, UsageError
 from pathology.geometry import Box
+from pathology.grid import TileGrid
 from pathology.infer import Tile, infer_region
 from pathology.job import Job
 from pathology.memory import memory_bound
@@ -323,8 +324,9 @@ def test_tiles_are_read_a_bounded_number_ahead(threads: int) -> None:
     assert not reads
     most = 0
     for taken, _ in enumerate(tiles, 1):
-        most = max(most, len(reads) - taken)
-    assert taken == len(reads) == len(plan.tiles) == 38 * 38
+        read = sum(-(-box.width // 8) for _, box in reads)
+        most = max(most, read - taken)
+    assert taken == read == len(plan.tiles) == 38 * 38
     assert 16 * threads <= most < tiles_ahead(8, threads)
 
 
@@ -341,7 +343,26 @@ def test_a_region_that_is_dropped_reads_no_further() -> None:
     tiles = read_tiles(slide, model.spec, plan.grid, plan.tiles, at_once(1))
     next(tiles)
     tiles.close()  # type: ignore[attr-defined]
-    assert len(slide._reader.reads) <= tiles_ahead(8, 1)  # type: ignore[attr-defined]
+    assert 0 < sum(box.width // 8 for _, box in slide._reader.reads) <= tiles_ahead(8, 1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("tile_px", "stride", "chosen", "read"),
+    [
+        (32, 32, [0, 1, 2, 4, 5], [[0, 1, 2], [4, 5]]),  # a gap
+        (32, 24, [0, 1, 2, 3, 4], [[0, 1, 2, 3, 4]]),  # overlapping
+        (32, 32, [5, 6, 8, 9], [[5], [6], [8, 9]]),  # over the slide's edge; the next row
+        (512, 512, [0, 1, 2, 3, 4, 5], [[0, 1, 2, 3, 4], [5]]),  # as many as may be
+    ],
+)
+def test_tiles_that_touch_in_a_row_are_read_as_one(tile_px: int, stride: int, chosen: list[int], read: list[list[int]]) -> None:
+    slide = array_slide(np.zeros((600, 3100, 3) if tile_px == 512 else (80, 210, 3), np.uint8))
+    model = mean_colour(tile_px=tile_px)
+    grid = TileGrid(slide.info.shape, 0.5, 0.5, tile_px, stride)
+    tiles = np.stack(np.unravel_index(np.array(chosen), grid.shape), axis=1).astype(np.int32)
+    wanted = windows(slide, model.spec, grid, tiles)
+    numbers = iter(chosen)
+    assert [[next(numbers) for _ in strip] for strip in strips(slide, wanted)] == read
 
 
 def test_a_regions_memory_follows_its_width_and_stays_within_the_bound(tmp_path: Path) -> None:
