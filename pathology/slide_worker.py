@@ -182,7 +182,14 @@ def finish_slide(job: Job) -> dict[str, Any]:
     what = {"slide": job.slide_id, "model": spec.name}
     emit(Path(job.out), "slide-finish", what)
     slide = open_slide_of(job)
-    work, plan = open_work(job)
+    try:
+        work, plan = open_work(job)
+    except SlideError:
+        # A worker that died here may have committed it: then the work is gone because it is done.
+        record = _finished(replace(job, overwrite=False), spec, key_fields(job, slide, spec))
+        if record is None:
+            raise
+        return record
     require_unchanged(job, slide, work)
     if not all((job.slide_folder / name).is_file() for name in TISSUE_FILES):  # taken away since they were written
         _write_tissue(job, _tissue_files(slide, job), work)

@@ -115,8 +115,8 @@ class Work:
         return Plan.from_json(text)
 
     def resume(self) -> Plan:
-        """The plan that work of this key was begun by. Raises SlideError where the slide's own files have changed since,
-        UsageError where no such work was begun.
+        """The plan that work of this key was begun by. Raises SlideError where the slide's own files have changed since, and
+        where no such work is there.
         """
         record = self._record()
         if record is not None and is_of_one_slide(record["fields"], self.fields) and record["fields"] != self.fields:
@@ -126,7 +126,8 @@ class Work:
                 "bring back the file it was begun with, or drop what was done with --overwrite",
             )
         if record is None or record["fields"] != self.fields:
-            raise UsageError(f"unfinished work of slide {self._slide} is gone or was replaced; run the same again")
+            message = f"unfinished work of slide {self._slide} is gone, or another plan's; run it again with --retry-failed"
+            raise SlideError(Reason.CHANGED, message)
         self._plan_sha256 = _sha256(record["plan"].encode())
         return Plan.from_json(record["plan"])
 

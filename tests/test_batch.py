@@ -20,6 +20,7 @@ from PIL import Image
 from slides import cut, pyramid, smooth_pixels, write_tiff
 
 from pathology import Job, open_heatmap, slide_worker
+from pathology.calls import Death, WorkerDied
 from pathology.errors import EnvironmentFault, Reason, SlideError
 from pathology.events import read_events
 from pathology.outcome import Outcome
@@ -272,6 +273,46 @@ def test_a_slides_folder_that_is_removed_meanwhile_is_made_again(
     assert done.exit_code == 0, done.output
     assert manifests(tmp_path / "out") == manifests(tmp_path / "sound")
     assert pathology("verify", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.fault("F01")
+def test_a_worker_that_dies_after_the_commit_leaves_a_slide_that_is_done(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(slide, "--out", tmp_path / "sound").exit_code == 0
+    finish, died = slide_worker.finish_slide, []
+
+    def die_first(job: Job) -> dict[str, object]:
+        record = finish(job)
+        if not died:
+            died.append(job)
+            raise WorkerDied("killed", Death.KILL)
+        return record
+
+    monkeypatch.setattr(slide_worker, "finish_slide", die_first)
+    done = run(slide, "--out", tmp_path / "out")
+    assert (done.exit_code, len(died)) == (0, 1), done.output
+    assert manifests(tmp_path / "out") == manifests(tmp_path / "sound")
+
+
+@pytest.mark.fault("F16")
+def test_unfinished_work_that_is_removed_meanwhile_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slides = [write_tiff(tmp_path / f"{name}.tiff", [smooth_pixels(300, 400)]) for name in "ab"]
+    finish, seen = slide_worker.finish_slide, []
+
+    def remove_first(job: Job) -> dict[str, object]:
+        if not seen:
+            shutil.rmtree(job.work_folder("mean-colour"))
+            slide_worker._kept.works.clear()  # as in a process that has taken the place of one that died
+        seen.append(job)
+        return finish(job)
+
+    monkeypatch.setattr(slide_worker, "finish_slide", remove_first)
+    done = run(*slides, "--out", tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert "--retry-failed" in done.output
+    assert sorted(row["status"] + row["reason"] for row in rows(tmp_path / "out").values()) == ["failedchanged", "ok"]
+    assert run(*slides, "--out", tmp_path / "out", "--retry-failed").exit_code == 0
 
 
 @pytest.mark.fault("F17")

@@ -109,14 +109,14 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     count, lock = Counted(), threading.Lock()
-    read_window, decode, begin = Slide.read_window, DirectReader._decode, slide_worker.prepare_all
+    read_strip, decode, begin = Slide.read_strip, DirectReader._decode, slide_worker.prepare_all
 
-    def reading(self: Slide, window: Any) -> Any:
+    def reading(self: Slide, windows: Any) -> Any:
         with lock:
-            count.tiles += 1
+            count.tiles += len(windows)
         count.regions.reading = True
         try:
-            return read_window(self, window)
+            return read_strip(self, windows)
         finally:
             count.regions.reading = False
 
@@ -129,7 +129,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         slide_worker._kept.slides.clear()  # with what is decoded
         return begin(jobs, together)
 
-    monkeypatch.setattr(Slide, "read_window", reading)
+    monkeypatch.setattr(Slide, "read_strip", reading)
     monkeypatch.setattr(DirectReader, "_decode", decoding)
     monkeypatch.setattr(slide_worker, "prepare_all", beginning)
     return count
@@ -302,14 +302,14 @@ def test_a_model_that_kills_its_worker_fails_alone(tmp_path: Path) -> None:
 
 
 def test_bad_tiles_are_bad_for_all(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_window = Slide.read_window
+    read_strip = Slide.read_strip
 
-    def damaged(self: Slide, window: Any) -> Any:
-        if not window.box.intersect(Box(70, 70, 8, 8)).empty:
+    def damaged(self: Slide, windows: Any) -> Any:
+        if any(not window.box.intersect(Box(70, 70, 8, 8)).empty for window in windows):
             raise SlideError(Reason.CORRUPT_TILES, "cannot be decoded")
-        return read_window(self, window)
+        return read_strip(self, windows)
 
-    monkeypatch.setattr(Slide, "read_window", damaged)
+    monkeypatch.setattr(Slide, "read_strip", damaged)
     for out, chosen in (("apart", [(MEAN,), (DENSE,)]), ("both", [(MEAN, DENSE)])):
         for models in chosen:
             assert set(ended(jobs_of(slide, tmp_path / out, *models)).values()) == {("partial", None)}
@@ -318,10 +318,10 @@ def test_bad_tiles_are_bad_for_all(slide: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("error", [SlideError(Reason.READ_ERROR, "the share is gone"), ValueError("a bug")])
 def test_what_ends_reading_ends_all(error: Exception, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(self: Slide, window: Any) -> Any:
+    def gone(self: Slide, windows: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(Slide, "read_window", gone)
+    monkeypatch.setattr(Slide, "read_strip", gone)
     reason = error.reason if isinstance(error, SlideError) else Reason.INTERNAL
     assert set(ended(jobs_of(slide, tmp_path, MEAN, SAME)).values()) == {("failed", reason)}
 

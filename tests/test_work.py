@@ -311,7 +311,7 @@ def test_other_work_is_refused_with_the_difference_named(work: Work) -> None:
     with pytest.raises(UsageError, match=message):
         other.begin(plan(), overwrite=False)
     assert work.todo(plan()) == []
-    with pytest.raises(UsageError, match="is gone or was replaced"):
+    with pytest.raises(SlideError, match="is gone, or another plan's"):
         other.resume()
 
 
@@ -343,7 +343,7 @@ def test_a_slides_own_files_that_changed_are_a_fault_of_that_slide(tmp_path: Pat
         other = Work(first.folder, of_file | change)
         with pytest.raises(UsageError, match="was begun otherwise"):
             other.begin(plan(), overwrite=False)
-        with pytest.raises(UsageError, match="is gone or was replaced"):
+        with pytest.raises(SlideError, match="is gone, or another plan's"):
             other.resume()
     assert first.begin(plan(), overwrite=False).to_json() == plan().to_json()
 
@@ -372,5 +372,5 @@ def test_clear_forgets_everything_and_twice_is_once(work: Work) -> None:
     work.clear()
     work.clear()
     assert not work.folder.exists()
-    with pytest.raises(UsageError, match="is gone or was replaced"):
+    with pytest.raises(SlideError, match="is gone, or another plan's"):
         work.resume()
