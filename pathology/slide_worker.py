@@ -186,10 +186,17 @@ def finish_slide(job: Job) -> dict[str, Any]:
         work, plan = open_work(job)
     except SlideError:
         # A worker that died here may have committed it: then the work is gone because it is done.
-        record = _finished(replace(job, overwrite=False), spec, key_fields(job, slide, spec))
-        if record is None:
+        committed = _finished(replace(job, overwrite=False), spec, key_fields(job, slide, spec))
+        if committed is None:
             raise
-        return record
+        record = committed
+    else:
+        record = _finish(job, slide, spec, work, plan)
+    emit(Path(job.out), "slide-done", {**what, "status": record["status"], "reason": record["reason"]})
+    return record
+
+
+def _finish(job: Job, slide: Slide, spec: ModelSpec, work: Work, plan: Plan) -> dict[str, Any]:
     require_unchanged(job, slide, work)
     if not all((job.slide_folder / name).is_file() for name in TISSUE_FILES):  # taken away since they were written
         _write_tissue(job, _tissue_files(slide, job), work)
@@ -198,7 +205,6 @@ def finish_slide(job: Job) -> dict[str, Any]:
     record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
-    emit(Path(job.out), "slide-done", {**what, "status": record["status"], "reason": record["reason"]})
     return record
 
 
