@@ -38,6 +38,7 @@ is no gain; ratios (x) are of mm2 per second, wall or CPU, to the first row: abo
 - *ours*: `pathology run` with its default outputs, tissue detection and pyramid included.
 - *WSInfer*, *slide2vec*: their own commands and defaults, their own tissue and grids, hence other numbers of tiles. slide2vec
   chooses OpenSlide here: cuCIM, its first choice, wants CUDA.
+- *GPU*: none was at hand for this page; that code is tested through a stand-in for a device, and not measured.
 """
 
 

@@ -85,9 +85,9 @@ def tiles(name: str) -> Path:
         import numpy as np
 
         from pathology.job import Job
+        from pathology.job_slide import plan_slide
         from pathology.models import load_spec
         from pathology.readers import open_slide
-        from pathology.slide_worker import plan_slide
 
         job = Job(slide=str(slide(name)), slide_id=name, root="", model=model("tiny"), out=".")
         with open_slide(job.slide) as opened:
@@ -266,7 +266,7 @@ def whole(choice: Choice) -> Rounds:
         others = available(choice, "wsinfer", "slide2vec")
         for name in choice.slides or CONTESTS[network]:
             contestants: dict[str, Contestant] = {
-                f"plain script, torch threads: {threads}": functools.partial(plain, name, network, threads),
+                "plain script": functools.partial(plain, name, network, threads),
                 EXACT: functools.partial(ours, name, network),
             }
             if SLIDES[name].mpp < 0.5:

@@ -9,53 +9,48 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology.areas import file_sha256, read_tissue, within
 from pathology.batches import ReadPool, read_chunk, read_tiles, windows
 from pathology.calls import neighbour, run_by, sendable
 from pathology.clock import Clock, counting
 from pathology.durable import make_folders, sweep_temporaries
-from pathology.encoding import choose_encoding, stored_bytes
+from pathology.encoding import stored_bytes
 from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideError, UsageError
 from pathology.events import emit
 from pathology.faults import retried, share_fault
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
-from pathology.grid import TileGrid
-from pathology.job import FREE, OF_A_FILE, Job, is_of_one_slide, key_difference, key_of
-from pathology.memory import CACHE_SHARE
+from pathology.job import FREE, Job, is_of_one_slide, key_difference, key_of
+from pathology.job_slide import (
+    keep,
+    key_fields,
+    key_fields_of,
+    open_slide_of,
+    plan_slide,
+    spec_of,
+    stains_of,
+    tiled,
+    tissue_files,
+)
 from pathology.model import ModelSpec
-from pathology.models import load_spec
-from pathology.models.pool import pooled_spec
-from pathology.plan import Plan, make_plan
+from pathology.plan import Plan
 from pathology.pulse import under_way
-from pathology.readers import open_slide, whole_hashes
+from pathology.readers import whole_hashes
 from pathology.slide import Slide
 from pathology.staging import slide_path
-from pathology.stain import VERSION as STAIN_VERSION
-from pathology.stain import Stains, fit_stains, parameters
 from pathology.threads import measure_reading
 from pathology.thumbnail import LARGEST_PX, picture
-from pathology.tissue import METHODS, TissueMask, find_tissue, tissue_geojson, tissue_png
 from pathology.work import Work
-
-KEPT_SLIDES = 4
-# Of a card's fields those that came later: where they say nothing, results have the keys that they had without them.
-LATER = ("margin_px", "features", "detections", "stain")
 
 # The size of a plan's blocks, (rows, columns) in strides, and the row and column of one.
 Cell = tuple[int, int, int, int]
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +80,13 @@ class ChunkRead:
     slow: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Area:
-    """Where a job looks: how tissue is found, or the sha256 of its file, and that of the region of interest ("": none)."""
-
-    tissue: str
-    roi: str
-
-    def fields(self) -> dict[str, str]:
-        """Its part of a result's key."""
-        return {"tissue": self.tissue} | ({"roi": self.roi} if self.roi else {})
-
-
 class _Kept:
-    """The open slides and works of this process."""
+    """The works and reading threads of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.slides: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
-        self.tissue: WeakKeyDictionary[Slide, dict[Area, TissueMask]] = WeakKeyDictionary()
-        self.stains: WeakKeyDictionary[Slide, dict[Area, Stains]] = WeakKeyDictionary()
-        self.tissue_files: WeakKeyDictionary[Slide, dict[Area, tuple[bytes, bytes]]] = WeakKeyDictionary()
         self.works: OrderedDict[Job, tuple[Work, Plan]] = OrderedDict()
         self.pools: dict[int, ReadPool] = {}
-        self.grids: OrderedDict[Job, tuple[Slide, ModelSpec, TileGrid]] = OrderedDict()
 
 
 _kept = _Kept()
@@ -126,7 +104,7 @@ def look(job: Job) -> None:
     """Open the job's slide, find its tissue and make its picture, so that `prepare` finds them. What fails is left to it."""
     with suppress(PathologyError):
         slide = open_slide_of(job)
-        _tissue_files(slide, job)
+        tissue_files(slide, job)
         picture(slide, 1, LARGEST_PX)
 
 
@@ -151,7 +129,7 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     """
     if job.stage is not None and slide_path(job) == Path(job.slide):
         emit(Path(job.out), "slide-in-place", {"slide": job.slide_id, "why": "its copy is gone from the folder of --stage"})
-    spec = _spec(job)
+    spec = spec_of(job)
     what = {"slide": job.slide_id, "model": spec.name}
     emit(Path(job.out), "slide-open", what)
     slide = open_slide_of(job)
@@ -162,13 +140,13 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
     if record is not None:
         work.clear()
         return Prepared(record)
-    _, plan = plan_slide(job, slide, spec, [_spec(other) for other in together])
+    _, plan = plan_slide(job, slide, spec, [spec_of(other) for other in together])
     make_folders(work.folder, within=work.folder.parent if job.owner != FREE else None)
     sweep_temporaries(work.folder)
-    _write_tissue(job, _tissue_files(slide, job), work)
+    _write_tissue(job, tissue_files(slide, job), work)
     plan = work.begin(plan, job.overwrite)
     with _kept.lock:
-        _keep(_kept.works, job, (work, plan))
+        keep(_kept.works, job, (work, plan))
     todo = work.todo(plan, whole=job.on_bad_tile == "fail")
     tiles = tuple(len(plan.regions[i].tiles) for i in todo)
     emit(Path(job.out), "slide-begin", {**what, "regions": len(plan.regions), "todo": len(todo), "tiles": sum(tiles)})
@@ -178,7 +156,7 @@ def prepare(job: Job, together: tuple[Job, ...] = ()) -> Prepared:
 
 def finish_slide(job: Job) -> dict[str, Any]:
     """Commit a job whose regions are all done; its record."""
-    spec = _spec(job)
+    spec = spec_of(job)
     what = {"slide": job.slide_id, "model": spec.name}
     emit(Path(job.out), "slide-finish", what)
     slide = open_slide_of(job)
@@ -199,42 +177,20 @@ def finish_slide(job: Job) -> dict[str, Any]:
 def _finish(job: Job, slide: Slide, spec: ModelSpec, work: Work, plan: Plan) -> dict[str, Any]:
     require_unchanged(job, slide, work)
     if not all((job.slide_folder / name).is_file() for name in TISSUE_FILES):  # taken away since they were written
-        _write_tissue(job, _tissue_files(slide, job), work)
+        _write_tissue(job, tissue_files(slide, job), work)
     with under_way("read"):
         hashes = _hashes(job, slide.path) if job.hash_input else None
-    record = finish(job, work, plan, slide, spec, _stains(slide, job) if spec.stain else None, hashes)
+    record = finish(job, work, plan, slide, spec, stains_of(slide, job) if spec.stain else None, hashes)
     with _kept.lock:
         _kept.works.pop(job, None)
     return record
-
-
-def plan_slide(job: Job, slide: Slide, spec: ModelSpec, together: Sequence[ModelSpec] = ()) -> tuple[TissueMask, Plan]:
-    """Tissue and plan of a job, as any run of it would make them. `together`: the cards of all models that it reads for."""
-    tissue = _tissue(slide, job)
-    plan = make_plan(
-        _grid(job, slide, spec),
-        spec,
-        tissue,
-        min_tissue=job.min_tissue,
-        blend=job.blend,
-        block=job.block,
-        memory=job.memory,
-        together=together,
-    )
-    return tissue, plan
-
-
-def stain_of(job: Job) -> NDArray[np.float32] | None:
-    """The parameters of the slide's stains as the job's model takes them; None where it takes none."""
-    spec = _spec(job)
-    return parameters(spec.stain, _stains(open_slide_of(job), job)) if spec.stain else None
 
 
 def seconds_to_read(jobs: tuple[Job, ...]) -> float:
     """Seconds to read a tile from the middle of the first slide that opens; 0 where none does."""
     for job in jobs:
         try:
-            slide, spec, grid = _tiled(job)
+            slide, spec, grid = tiled(job)
             middle = np.array([[max(0, n // 2 - 2) for n in grid.shape]], np.int32)
             tiles = middle + np.indices((4, 4), np.int32).reshape(2, -1).T
             return measure_reading(read_tiles(slide, spec, grid, tiles[(tiles < grid.shape).all(axis=1)], None))
@@ -245,7 +201,7 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
 
 def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
     """Open the job's slide for reading rows of tiles (row, col) like `row`; whether it lies on slow storage."""
-    slide, spec, grid = _tiled(job, again=True)
+    slide, spec, grid = tiled(job, again=True)
     with _kept.lock:
         begun = _kept.works.get(job)
     if begun is not None:
@@ -257,7 +213,7 @@ def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
 @run_by(lambda job, *_: pool(job.readers).decode)
 def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     """Read tiles (row, col) side by side into the block at `place` of the memory that the neighbour sees."""
-    slide, spec, grid = _tiled(job)
+    slide, spec, grid = tiled(job)
     beside = neighbour()
     assert beside is not None
     shape = (len(tiles), spec.input_px, spec.input_px, 3)
@@ -274,7 +230,7 @@ def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
 @run_by(lambda job, *_: pool(job.readers).fetch)
 def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
     """Fetch the bytes under tiles (row, col), for reads that follow; the seconds it took, by stage."""
-    slide, spec, grid = _tiled(job)
+    slide, spec, grid = tiled(job)
     clock = Clock()
     with counting(clock):
         slide.prefetch(windows(slide, spec, grid, tiles))
@@ -291,95 +247,15 @@ def require_unchanged(job: Job, slide: Slide, work: Work) -> None:
         )
 
 
-def _grid(job: Job, slide: Slide, spec: ModelSpec) -> TileGrid:
-    return TileGrid(slide.info.shape, slide.info.mpp, spec.mpp, spec.tile_px, job.stride_px(spec))
-
-
-def _tiled(job: Job, again: bool = False) -> tuple[Slide, ModelSpec, TileGrid]:
-    """The job's slide, card and grid. `again`: after a look whether the file is still the same."""
-    with _kept.lock:
-        if not again and job in _kept.grids:
-            return _kept.grids[job]
-    slide, spec = open_slide_of(job), _spec(job)
-    grid = _grid(job, slide, spec)
-    with _kept.lock:
-        _keep(_kept.grids, job, (slide, spec, grid))
-    return slide, spec, grid
-
-
-def _area(job: Job) -> Area:
-    return Area(
-        job.tissue if job.tissue in METHODS else f"{OF_A_FILE}{file_sha256(Path(job.tissue))}",
-        "" if job.roi is None else file_sha256(Path(job.roi)),
-    )
-
-
-def _tissue(slide: Slide, job: Job) -> TissueMask:
-    """The slide's tissue as the job wants it, found once as long as it is open."""
-    area, found = _area(job), _kept.tissue.setdefault(slide, {})
-    if area not in found:
-        method = job.tissue
-        tissue = find_tissue(slide, method) if method in METHODS else read_tissue(Path(method), slide.info)
-        found[area] = tissue if job.roi is None else within(tissue, Path(job.roi), slide.info)
-    return found[area]
-
-
-def _stains(slide: Slide, job: Job) -> Stains:
-    """The slide's stains, fitted once as long as it is open; to all of its tissue, whatever part a job looks at."""
-    whole = replace(job, roi=None)
-    area, fitted = _area(whole), _kept.stains.setdefault(slide, {})
-    if area not in fitted:
-        fitted[area] = fit_stains(slide, _tissue(slide, whole))
-    return fitted[area]
-
-
-def _tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
-    """The contents of `TISSUE_FILES`, made once as long as the slide is open."""
-    area, made = _area(job), _kept.tissue_files.setdefault(slide, {})
-    if area not in made:
-        tissue = _tissue(slide, job)
-        made[area] = tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue)
-    return made[area]
-
-
-def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
-    """What decides a result's values, and nothing else: JSON values under their option's name where there is one."""
-    dtype = choose_encoding(spec, job.heatmap_dtype).dtype
-    return {
-        "schema": 1,
-        "slide": slide.info.fingerprint,
-        "slide_mpp": slide.info.mpp,
-        "fast_decode": job.fast_decode,
-        "reader": slide.info.reader.split()[0],
-        "model": spec.sha256,
-        "card": key_of({name: value for name, value in asdict(spec).items() if name not in LATER or value}),
-        "tile_px": spec.tile_px,
-        "stride_px": job.stride_px(spec),
-        **_area(job).fields(),
-        "min_tissue": job.min_tissue,
-        "blend": job.blend if spec.output == "map" else "none",
-        "precision": job.precision,
-        "compile": job.compile,
-        **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
-        # The stains themselves follow from what is above and from how they are fitted.
-        **({"stain": f"{spec.stain} {STAIN_VERSION}"} if spec.stain else {}),
-    }
-
-
-def key_fields_of(job: Job) -> dict[str, Any]:
-    """`key_fields` of a job's slide and model."""
-    return key_fields(job, open_slide_of(job), _spec(job))
-
-
 def open_work(job: Job, fields: Callable[[Job], dict[str, Any]] = key_fields_of) -> tuple[Work, Plan]:
     """The job's work folder and plan, as `prepare` left them, maybe in another process. `fields` gives what it is keyed by."""
     with _kept.lock:
         if job in _kept.works:
             return _kept.works[job]
-    work = Work(job.work_folder(_spec(job).name), fields(job))
+    work = Work(job.work_folder(spec_of(job).name), fields(job))
     plan = work.resume()
     with _kept.lock:
-        _keep(_kept.works, job, (work, plan))
+        keep(_kept.works, job, (work, plan))
     return work, plan
 
 
@@ -439,52 +315,3 @@ def _write_tissue(job: Job, contents: tuple[bytes, bytes], work: Work) -> None:
 def _of_tissue(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What of a key decides the tissue that is found."""
     return {name: fields[name] for name in ("slide", "slide_mpp", "reader", "tissue", "roi") if name in fields}
-
-
-def open_slide_of(job: Job) -> Slide:
-    """The job's slide, opened once per process as long as the file stays the same."""
-    path = slide_path(job)
-    stamp: tuple[int, ...] = ()
-    with suppress(OSError), under_way("read"):
-        state = path.stat()
-        stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
-    name = (path, job.slide_mpp, job.force, job.reader, job.fast_decode, *stamp)
-    with _kept.lock:
-        if name in _kept.slides:
-            _kept.slides.move_to_end(name)
-            return _kept.slides[name]
-    try:
-        with under_way("read"):
-            slide = open_slide(
-                path,
-                job.slide_mpp,
-                force=job.force,
-                reader=job.reader,
-                fast_decode=job.fast_decode,
-                cache_bytes=job.memory // CACHE_SHARE,
-            )
-    except SlideError as error:
-        fault = share_fault(error, path, Path(job.root))
-        raise (fault or error) from error.__cause__
-    with _kept.lock:
-        # Closed when the last region that uses it lets go, not here.
-        _keep(_kept.slides, name, slide)
-    return slide
-
-
-def _keep(kept: OrderedDict[K, V], name: K, value: V) -> None:
-    kept[name] = value
-    kept.move_to_end(name)
-    while len(kept) > KEPT_SLIDES:
-        kept.popitem(last=False)
-
-
-def _spec(job: Job) -> ModelSpec:
-    """The card of the job's model, which is loaded for it only where there is no other way."""
-    if job.model not in cards:
-        cards[job.model] = load_spec(job.model)
-    return pooled_spec(cards[job.model], job.heatmap_mpp)
-
-
-# Of models whose card was read, or that were loaded in this process; before their maps are pooled.
-cards: dict[str, ModelSpec] = {}

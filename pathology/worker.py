@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology import slide_worker
+from pathology import job_slide, slide_worker
 from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
@@ -178,7 +178,7 @@ class _Begun:
 def _begin(job: Job, index: int) -> _Begun:
     model = _model(job)
     spec, answered = model.spec, model.sizes.answered()
-    work, plan = slide_worker.open_work(job, asked(slide_worker.key_fields_of))
+    work, plan = slide_worker.open_work(job, asked(job_slide.key_fields_of))
     emit(Path(job.out), "region-start", {"slide": job.slide_id, "model": spec.name, "region": index})
     return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), answered)
 
@@ -262,7 +262,7 @@ def _reading(
     job, spec, grid = begun.job, begun.spec, begun.plan.grid
     if asker() is not None:
         return functools.partial(read_beside, job, spec, clock)
-    slide = slide_worker.open_slide_of(job)
+    slide = job_slide.open_slide_of(job)
     slide_worker.require_unchanged(job, slide, begun.work)
     pool = None if in_order else slide_worker.pool(job.readers)
     return lambda tiles: read_tiles(slide, spec, grid, tiles, pool, clock)
@@ -276,7 +276,7 @@ def _model(job: Job) -> HalvingModel | QueuedHalvingModel:
         name = (job.model, job.device, job.precision, job.compile, job.heatmap_mpp)
         if name not in _kept.models:
             model = load_model(job.model, job.device, job.precision, job.compile)
-            slide_worker.cards[job.model] = model.spec
+            job_slide.cards[job.model] = model.spec
             _kept.models[name] = halving(pooled(model, job.heatmap_mpp))
         return _kept.models[name]
 
@@ -304,7 +304,7 @@ def _environment(device: str, threads: int) -> dict[str, str | int]:
 
 def _predict(job: Job, spec: ModelSpec, in_order: bool) -> Predict:
     model = _model(job)
-    stain = asked(slide_worker.stain_of)(job) if spec.stain else None
+    stain = asked(job_slide.stain_of)(job) if spec.stain else None
     if in_order:
         return functools.partial(predict_in_order, _InTurn(model), job.batch_size, stain=stain)
     with _kept.lock:

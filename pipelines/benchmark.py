@@ -19,6 +19,7 @@ from pathology.cores import core_count
 from pathology.errors import UsageError
 from pathology.infer import infer_region
 from pathology.job import Job
+from pathology.job_slide import plan_slide, stain_of
 from pathology.model import Model, ModelSpec, answer
 from pathology.models import load_model
 from pathology.models.checks import made_up_batch, warm_up
@@ -26,7 +27,6 @@ from pathology.plan import Plan, cut
 from pathology.predictor import Predictor
 from pathology.readers import open_slide
 from pathology.slide import Slide
-from pathology.slide_worker import plan_slide, stain_of
 from pathology.threads import split_threads
 from pipelines.bottleneck import bottleneck
 

@@ -14,6 +14,7 @@ from pathology.cores import core_count
 from pathology.encoding import stored_bytes
 from pathology.errors import PathologyError, SlideError, UsageError
 from pathology.job import Job, ReaderName
+from pathology.job_slide import plan_slide
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.models import load_spec
@@ -22,7 +23,6 @@ from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
 from pathology.slide import SlideInfo
-from pathology.slide_worker import plan_slide
 from pathology.together import groups
 from pipelines.config import Settings, make_jobs, tissue_model
 from pipelines.headers import MOST_PROCESSES, headers, processes

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from slides import noise_pixels
 
-from pathology import Job, open_heatmap, slide_worker
+from pathology import Job, job_slide, open_heatmap
 from pathology.errors import Reason
 from pathology.export.table import read_parquet
 from pathology.finish import BAD_TILES, read_manifest
@@ -42,12 +42,12 @@ def damage(monkeypatch: pytest.MonkeyPatch) -> Damage:
     pixels = noise_pixels(200, 170)
 
     def damaged(bad: Sequence[tuple[int, Box]]) -> None:
-        slide_worker._kept.slides.clear()
+        job_slide._kept.slides.clear()
 
         def open_damaged(*_: object, **__: object) -> Slide:
             return array_slide(pixels, bad=bad)
 
-        monkeypatch.setattr(slide_worker, "open_slide", open_damaged)
+        monkeypatch.setattr(job_slide, "open_slide", open_damaged)
 
     damaged(())
     return damaged

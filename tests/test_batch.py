@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from slides import cut, pyramid, smooth_pixels, write_tiff
 
-from pathology import Job, open_heatmap, slide_worker
+from pathology import Job, job_slide, open_heatmap, slide_worker
 from pathology.calls import Death, WorkerDied
 from pathology.errors import EnvironmentFault, Reason, SlideError
 from pathology.events import read_events
@@ -473,7 +473,7 @@ def test_an_output_that_cannot_be_made_is_exit_3(below: str, why: str, slide: Pa
 @pytest.mark.fault("F10")
 def test_an_output_that_may_only_be_read_is_exit_3(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[object] = []
-    monkeypatch.setattr(slide_worker, "open_slide", lambda path, *_, **__: opened.append(path))
+    monkeypatch.setattr(job_slide, "open_slide", lambda path, *_, **__: opened.append(path))
     out = tmp_path / "out"
     out.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "none", out], capture_output=True, check=False).returncode:

@@ -19,7 +19,7 @@ from benchmarks.page import EXACT, TILE_MM2, after_start, medians, page, proport
 from benchmarks.slides import SLIDES, Layout, build
 
 ROOT = Path(__file__).parent.parent
-PLAIN = "plain script, torch threads: 1"
+PLAIN = "plain script"
 
 
 def row(wall_s: float, tiles: float, cpu_s: float = 1.0) -> dict[str, float]:

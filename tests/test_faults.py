@@ -16,7 +16,7 @@ from openslide.lowlevel import OpenSlideError
 from slides import noise_pixels, write_tiff
 from test_direct import reader_of
 
-from pathology import Job, durable, faults, slide_worker
+from pathology import Job, durable, faults, job_slide, slide_worker
 from pathology.alive import mark
 from pathology.durable import new_file, write_file
 from pathology.errors import EnvironmentFault, Fault, PathologyError, Reason, SlideError
@@ -334,7 +334,7 @@ def test_a_share_that_goes_away_stops_the_run_and_fails_no_slide(how: str, jobs:
         jobs = [replace(job, root=job.slide) for job in jobs]
     whole = tmp_path / "whole"
     assert {o.status for o in run([replace(job, out=str(whole)) for job in jobs], "sync")} == {"ok"}
-    slide_worker._kept = slide_worker._Kept()
+    slide_worker._kept, job_slide._kept = slide_worker._Kept(), job_slide._Kept()
     ended = []
 
     def go_away(patch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,7 @@ def test_a_share_that_goes_away_stops_the_run_and_fails_no_slide(how: str, jobs:
     if away.exists():
         shutil.rmtree(share, ignore_errors=True)
         away.rename(share)
-    slide_worker._kept = slide_worker._Kept()
+    slide_worker._kept, job_slide._kept = slide_worker._Kept(), job_slide._Kept()
     assert {o.status for o in run(jobs, "sync")} == {"ok"}
     assert manifests(tmp_path / "out") == manifests(whole)
     assert len(manifests(whole)) == 3

@@ -23,10 +23,10 @@ from pathology.features import write_features
 from pathology.finish import read_manifest, read_record
 from pathology.geometry import Box
 from pathology.integrity import verify
+from pathology.job_slide import plan_slide
 from pathology.models import load_spec
 from pathology.plan import Plan
 from pathology.readers import open_slide
-from pathology.slide_worker import plan_slide
 from pathology.store import HeatmapMeta
 from pathology.testing import thumbnail
 from pathology.work import Work

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from slides import cut, noise_pixels, smooth_pixels, write_tiff
 
 import pipelines.preflight as preflight
-from pathology import slide_worker
+from pathology import job_slide
 from pathology.apart import Apart
 from pathology.errors import EnvironmentFault, Reason, SlideError
 from pathology.events import read_events
@@ -71,7 +71,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return open_slide(path, *arguments, **options)
 
-    monkeypatch.setattr(slide_worker, "open_slide", counted)
+    monkeypatch.setattr(job_slide, "open_slide", counted)
     return names
 
 

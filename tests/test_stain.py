@@ -20,6 +20,7 @@ import pathology
 from pathology.errors import ModelError, UsageError
 from pathology.geometry import Box
 from pathology.job import key_of
+from pathology.job_slide import key_fields
 from pathology.model import Model, ModelSpec, StainInput, answer
 from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
@@ -30,7 +31,6 @@ from pathology.predictor import Predictor, predict_in_order
 from pathology.result import open_heatmap
 from pathology.runner import run
 from pathology.slide import Slide
-from pathology.slide_worker import key_fields
 from pathology.stain import (
     LEAST_STAINED_PX,
     PARAMETERS,

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pathology import slide_worker, worker
+from pathology import job_slide, slide_worker, worker
 from pathology.batches import chunk_tiles
 from pathology.clock import STAGES, Clock
 from pathology.errors import EnvironmentFault, Reason, SlideError
@@ -126,7 +126,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         return decode(self, *arguments)
 
     def beginning(jobs: Any, together: Any) -> Any:
-        slide_worker._kept.slides.clear()  # with what is decoded
+        job_slide._kept.slides.clear()  # with what is decoded
         return begin(jobs, together)
 
     monkeypatch.setattr(Slide, "read_strip", reading)
@@ -209,7 +209,7 @@ def test_results_are_those_of_separate_runs(
 
 def decodes() -> int:
     """Source tiles that this process decoded so far, of the slides that are open."""
-    return sum(slide._reader.decodes for slide in slide_worker._kept.slides.values())  # type: ignore[attr-defined]
+    return sum(slide._reader.decodes for slide in job_slide._kept.slides.values())  # type: ignore[attr-defined]
 
 
 def test_the_neighbour_reads_once_for_all(slide: Path, tmp_path: Path) -> None:

@@ -7,40 +7,30 @@ fetched in one read.
 
 from __future__ import annotations
 
-import logging
 import os
-import struct
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from pathology.clock import timed
-from pathology.errors import Reason, SlideError, UsageError, one_line
+from pathology.errors import Reason, SlideError, UsageError
 from pathology.faults import read_fault, retried
 from pathology.geometry import Box
 from pathology.pulse import beat
 from pathology.readers import codecs
-from pathology.readers.codecs import Corrupt, Pixels, TileCodec
+from pathology.readers.codecs import Corrupt, Pixels
 from pathology.readers.inspect import SlideFile, refuse_channels
 from pathology.readers.mpp import directory_claim, ome_claim
 from pathology.readers.opened import CACHE_BYTES, Opened, whole_downsample
 from pathology.readers.tile_cache import TileCache
+from pathology.readers.tiled_levels import VERSION, TiledLevel, tiled_levels
 from pathology.slide import WHITE
-
-# What tifffile says of damaged files line by line is said here in one.
-logging.getLogger("tifffile").addHandler(logging.NullHandler())
-# What it raises on them.
-NOT_UNDERSTOOD = (
-    *(tifffile.TiffFileError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, AssertionError, RuntimeError, struct.error),
-)
 
 Pread = Callable[[int, int, int], bytes]  # as os.pread: (descriptor, count, place)
 
@@ -58,27 +48,6 @@ REGIONS = 2
 HEADER_BYTES = 2**16
 # Compressed bytes fetched ahead and not yet decoded; what is forgotten is read again alone.
 FETCHED_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TiledLevel:
-    """Where one level's tiles lie: `places` and `sizes` (n,) int64 in row-major order, 0 where the file has no such tile.
-
-    across  tiles in a row
-    """
-
-    shape: tuple[int, int]
-    places: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    codec: TileCodec
-
-    across: int
-
-    def under(self, box: Box, factor: int) -> Iterator[int]:
-        """Indices of the tiles that touch `box`, which is in pixels of the level reduced by `factor`."""
-        height, width = (side // factor for side in self.codec.shape)
-        for row in range(box.y // height, -(-box.y1 // height)):
-            yield from range(row * self.across + box.x // width, row * self.across - (-box.x1 // width))
 
 
 class _File:
@@ -335,7 +304,7 @@ def open_direct(
     if compare and opened is not None and not _agrees(file, levels[0], opened):
         return "one of its tiles comes out otherwise than OpenSlide shows it"
     reader = DirectReader(file.path, levels, cache_bytes, fast, pread)
-    library = f"direct (tifffile {tifffile.__version__}, imagecodecs {codecs.VERSION})"
+    library = f"direct (tifffile {VERSION}, imagecodecs {codecs.VERSION})"
     if opened is not None:
         return replace(opened, reader=reader, library=library)
     refuse_channels(file)
@@ -393,73 +362,3 @@ def _agrees(file: SlideFile, level: TiledLevel, opened: Opened) -> bool:
         return np.array_equal(level.codec.decode(data)[inside.slices(tile)], theirs)
     except Corrupt:
         return False
-
-
-def tiled_levels(file: SlideFile, opened: Opened | None) -> tuple[tuple[TiledLevel, ...], str | None] | str:
-    """(levels, OME-XML or None) of the pyramid in a TIFF, or why they cannot be read directly.
-
-    The levels are those of `opened`, each the first directory of that size; without it, and of an OME-TIFF, the pyramid that
-    tifffile finds in the file, sub-directories included.
-    """
-    try:
-        with tifffile.TiffFile(file.path) as tiff:
-            ome = tiff.ome_metadata if tiff.is_ome else None
-            if opened is None or ome is not None:
-                pages = [level.keyframe for level in tiff.series[0].levels]
-            else:
-                tiled = [p for p in tiff.pages if isinstance(p, tifffile.TiffPage) and p.is_tiled]
-                by_shape = {(p.imagelength, p.imagewidth): p for p in reversed(tiled)}
-                if not all(shape in by_shape for shape in opened.level_shapes):
-                    return "not every level is a tiled picture of its own"
-                pages = [by_shape[shape] for shape in opened.level_shapes]
-            levels = []
-            for page in pages:
-                codec = _codec(page)
-                if isinstance(codec, str):
-                    return codec
-                level = TiledLevel(
-                    (page.imagelength, page.imagewidth),
-                    np.array(page.dataoffsets, np.int64),
-                    np.array(page.databytecounts, np.int64),
-                    codec,
-                    -(-page.imagewidth // codec.shape[1]),
-                )
-                tiles = level.across * -(-level.shape[0] // codec.shape[0])
-                if not len(level.places) == len(level.sizes) == tiles:
-                    return f"a level names {len(level.places)} tiles where {tiles} are due"
-                level.sizes[level.places == 0] = 0
-                ends = file.size - level.sizes  # not places + sizes, which may be too large a number
-                if (level.sizes < 0).any() or ((level.sizes > 0) & ((level.places < 0) | (level.places > ends))).any():
-                    return "a level has tiles beyond the end of the file"
-                levels.append(level)
-    except NOT_UNDERSTOOD as error:
-        return f"tifffile does not understand it ({one_line(error)})"
-    return tuple(levels), ome
-
-
-def _codec(page: tifffile.TiffPage) -> TileCodec | str:
-    """How a page's tiles are decoded, or why not."""
-    if not page.is_tiled or page.tiledepth != 1 or page.imagedepth != 1:
-        return "a level is not tiled"
-    if page.compression not in codecs.DECODERS:
-        return f"compression {page.compression} is not decoded here"
-    if page.bitspersample != 8 or page.samplesperpixel not in (1, 3) or (page.samplesperpixel == 3 and page.planarconfig != 1):
-        return f"{page.samplesperpixel} samples of {page.bitspersample} bits are not decoded here"
-    grey = page.samplesperpixel == 1
-    if page.photometric not in ((codecs.WHITE_IS_ZERO, codecs.BLACK_IS_ZERO) if grey else (codecs.RGB, codecs.YCBCR)):
-        return f"colours of photometric kind {int(page.photometric)} are not decoded here"
-    if page.photometric == codecs.YCBCR and page.compression in (codecs.NONE, codecs.LZW, codecs.DEFLATE, codecs.OLD_DEFLATE):
-        return "YCbCr without JPEG is not decoded here"
-    if page.predictor not in (1, codecs.DIFFERENCES):
-        return f"predictor {page.predictor} is not decoded here"
-    if page.fillorder != 1:
-        return "bits are stored in reversed order"
-    return TileCodec(
-        compression=int(page.compression),
-        photometric=int(page.photometric),
-        shape=(page.tilelength, page.tilewidth),
-        samples=page.samplesperpixel,
-        predictor=int(page.predictor) if page.compression in (codecs.LZW, codecs.DEFLATE, codecs.OLD_DEFLATE) else 1,
-        tables=page.jpegtables or b"",
-        header=page.jpegheader or b"",
-    )
