@@ -175,7 +175,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
 
 
 def _finish(job: Job, slide: Slide, spec: ModelSpec, work: Work, plan: Plan) -> dict[str, Any]:
-    require_unchanged(job, slide, work)
+    _require_of(job, slide, work)
     if not all((job.slide_folder / name).is_file() for name in TISSUE_FILES):  # taken away since they were written
         _write_tissue(job, tissue_files(slide, job), work)
     with under_way("read"):
@@ -201,11 +201,8 @@ def seconds_to_read(jobs: tuple[Job, ...]) -> float:
 
 def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
     """Open the job's slide for reading rows of tiles (row, col) like `row`; whether it lies on slow storage."""
-    slide, spec, grid = tiled(job, again=True)
-    with _kept.lock:
-        begun = _kept.works.get(job)
-    if begun is not None:
-        require_unchanged(job, slide, begun[0])
+    require_unchanged(job)
+    slide, spec, grid = tiled(job)
     slide.reserve(windows(slide, spec, grid, row))
     return slide.slow
 
@@ -237,8 +234,13 @@ def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
     return clock.seconds()
 
 
-def require_unchanged(job: Job, slide: Slide, work: Work) -> None:
-    """Raise SlideError where the slide as it is now is not the one that `work` was begun with."""
+def require_unchanged(job: Job) -> None:
+    """Raise SlideError where the job's slide as it is now is not the one that its work was begun with."""
+    slide, _, _ = tiled(job, again=True)
+    _require_of(job, slide, open_work(job)[0])
+
+
+def _require_of(job: Job, slide: Slide, work: Work) -> None:
     if slide.info.fingerprint != work.fields["slide"]:
         raise SlideError(
             Reason.CHANGED,

@@ -235,6 +235,8 @@ def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | 
         "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
         "stages": clock.seconds(),
     }
+    # What was read may be of two files otherwise, and count when the first one is brought back.
+    asked(slide_worker.require_unchanged)(job)
     work.mark(region, staged, counts, {**_environment(job.device, job.threads), "batch": sizes}, bad_tiles)
     what = {"slide": job.slide_id, "model": spec.name, "region": region.index}
     emit(Path(job.out), "region-done", {**what, **counts})
@@ -262,8 +264,8 @@ def _reading(
     job, spec, grid = begun.job, begun.spec, begun.plan.grid
     if asker() is not None:
         return functools.partial(read_beside, job, spec, clock)
+    slide_worker.require_unchanged(job)
     slide = job_slide.open_slide_of(job)
-    slide_worker.require_unchanged(job, slide, begun.work)
     pool = None if in_order else slide_worker.pool(job.readers)
     return lambda tiles: read_tiles(slide, spec, grid, tiles, pool, clock)
 

@@ -13,6 +13,7 @@ import click
 
 from pathology.errors import UsageError
 from pipelines.one_line import one_line_errors
+from pipelines.option_types import Number
 from pipelines.printing import printable
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def models(context: click.Context) -> None:
 @click.option(
     "--features", type=click.IntRange(min=1), help="Of an embedding model, in place of --classes: its vector's length."
 )
-@click.option("--mpp", type=float, required=True, help="um per pixel of the tiles it was trained on.")
+@click.option("--mpp", type=Number(min=0, min_open=True), required=True, help="um per pixel of the tiles it was trained on.")
 @click.option("--tile-px", type=int, required=True, help="Side of those tiles.")
 @click.option("--normalize", required=True, help="imagenet, half, none, or mean/std of 0..1 colours: 0.7,0.6,0.7/0.2,0.2,0.2.")
 @click.option(
@@ -146,7 +147,9 @@ def models_show(model: str) -> None:
 @click.option(
     "--expected", type=click.Path(path_type=Path), required=True, help="CSV: tile (a file's name), a score per class."
 )
-@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Exit with 1 where a score differs by more.")
+@click.option(
+    "--tolerance", type=Number(min=0), default=1e-4, show_default=True, help="Exit with 1 where a score is further off."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @one_line_errors
 def models_check(model: str, tiles: Path, expected: Path, tolerance: float, device: str) -> None:

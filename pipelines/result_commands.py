@@ -10,15 +10,14 @@ from pathlib import Path
 import click
 
 from pipelines.one_line import one_line_errors
+from pipelines.option_types import Number
 from pipelines.printing import printable
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option(
-    "--watch", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Look again so often, until the run ends."
-)
+@click.option("--watch", metavar="SECONDS", type=Number(min=0, min_open=True), help="Look again so often, until the run ends.")
 @one_line_errors
 def status(folder: Path, as_json: bool, watch: float | None) -> None:
     """How far the runs that write to FOLDER are: slides done, failed and left, tiles a second, time left, and which process has

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from pathology.calls import Death, WorkerDied
 from pathology.errors import EnvironmentFault, Reason, SlideError
 from pathology.events import read_events
 from pathology.outcome import Outcome
+from pathology.work import Work
 from pipelines import summary
 from pipelines.cli import main
 from pipelines.room import Room
@@ -216,6 +218,36 @@ def test_a_slide_that_changes_while_it_is_worked_on_is_a_row(tmp_path: Path, mon
     done = run(*(tmp_path / f"{name}.svs" for name in "abc"), "--out", tmp_path / "out")
     assert done.exit_code == 1, done.output
     assert sorted(row["status"] + row["reason"] for row in rows(tmp_path / "out").values()) == ["failedchanged", "ok", "ok"]
+
+
+@pytest.mark.fault("F16")
+def test_what_was_read_of_another_file_meanwhile_never_counts(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the slide is brought back before the end."""
+    assert run(slide, "--out", tmp_path / "sound").exit_code == 0
+    kept = slide.rename(tmp_path / "kept")
+    shutil.copy2(kept, slide)
+    stage, finish = Work.stage, slide_worker.finish_slide
+
+    def stage_and_replace(self: Work, *arguments: Any) -> Any:
+        staged = stage(self, *arguments)
+        write_tiff(slide, [smooth_pixels(300, 400, seed=9)])
+        return staged
+
+    def bring_back(job: Job) -> dict[str, object]:
+        shutil.copy2(kept, slide)
+        return finish(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "stage", stage_and_replace)
+        patch.setattr(slide_worker, "finish_slide", bring_back)
+        done = run(slide, "--out", tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert "changed while it was worked on" in done.output
+    shutil.copy2(kept, slide)
+    assert run(slide, "--out", tmp_path / "out", "--retry-failed").exit_code == 0
+    assert manifests(tmp_path / "out") == manifests(tmp_path / "sound")
 
 
 @pytest.mark.fault("F16")
@@ -683,6 +715,21 @@ def test_an_option_that_makes_no_sense_is_refused(
     assert done.exit_code == 2, done.output
     assert said in " ".join(done.output.split())
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status out --watch nan",
+        "models check x --tiles . --expected x.csv --tolerance nan",
+        "models init x.ckpt --arch a:b --classes a --mpp nan --tile-px 32 --normalize none -o x",
+    ],
+)
+def test_no_number_is_no_value_of_other_commands_either(command: str) -> None:
+    done = pathology(*command.split())
+    assert done.exit_code == 2, done.output
+    assert "'nan'" in done.output
+    assert "Invalid value" in done.output
 
 
 def test_a_table_that_cannot_be_written_is_a_line(slide: Path, tmp_path: Path) -> None:
