@@ -182,13 +182,21 @@ class Leases:
 
 
 def sweep(work: Path) -> None:
-    """Remove below `work` what dead processes made there, by its name, and places of slides that nothing is left of."""
+    """Remove below `work` what dead processes made there, by its name, and places of slides that nothing is left of.
+
+    Nothing is left either where one died that had claimed a slide and not begun with it: another may have finished that before.
+    """
     sweep_temporaries(work)
     for entry in list(work.iterdir()):
         if entry.name.startswith("."):
             if known_dead(entry.name.partition("-")[2]):
                 shutil.rmtree(entry, ignore_errors=True)
         elif entry.is_dir():
+            with suppress(OSError):  # another was quicker
+                for folder in list(entry.iterdir()):
+                    if known_dead(folder.name) and [left.name for left in folder.iterdir()] == [OWNER]:
+                        (folder / OWNER).unlink()
+                        folder.rmdir()
             with suppress(OSError):  # not empty
                 entry.rmdir()
 

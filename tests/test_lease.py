@@ -275,6 +275,19 @@ def test_litter_of_the_dead_is_swept_and_nothing_else(tmp_path: Path) -> None:
     assert {entry.name for entry in tmp_path.iterdir()} == kept
 
 
+def test_a_claim_of_the_dead_that_nothing_was_done_with_is_swept(tmp_path: Path, leases: Leases) -> None:
+    claimed, begun, theirs = (tmp_path / "work" / name for name in ("claimed", "begun", "theirs"))
+    token = dead()
+    owned_by(token, claimed)
+    (owned_by(token, begun) / "model").mkdir()
+    owned_by("000000000000-123-456-0", theirs)
+    assert leases.claim(tmp_path / "work" / "mine") is None
+    sweep(tmp_path / "work")
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["begun", "mine", "theirs"]
+    assert (begun / token / OWNER).exists()
+    assert leases.owns(tmp_path / "work" / "mine")
+
+
 def test_a_stopped_process_is_not_dead_but_one_that_was_killed_is() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     of_it = f"{mark().split('-')[0]}-{process.pid}-{alive._began(process.pid)}"
