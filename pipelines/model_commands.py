@@ -44,7 +44,7 @@ def models(context: click.Context) -> None:
 @click.option(
     "--features", type=click.IntRange(min=1), help="Of an embedding model, in place of --classes: its vector's length."
 )
-@click.option("--mpp", type=Number(min=0, min_open=True), required=True, help="um per pixel of the tiles it was trained on.")
+@click.option("--mpp", type=float, required=True, help="um per pixel of the tiles it was trained on.")
 @click.option("--tile-px", type=int, required=True, help="Side of those tiles.")
 @click.option("--normalize", required=True, help="imagenet, half, none, or mean/std of 0..1 colours: 0.7,0.6,0.7/0.2,0.2,0.2.")
 @click.option(

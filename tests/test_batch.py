@@ -722,7 +722,6 @@ def test_an_option_that_makes_no_sense_is_refused(
     [
         "status out --watch nan",
         "models check x --tiles . --expected x.csv --tolerance nan",
-        "models init x.ckpt --arch a:b --classes a --mpp nan --tile-px 32 --normalize none -o x",
     ],
 )
 def test_no_number_is_no_value_of_other_commands_either(command: str) -> None:
