@@ -315,7 +315,7 @@ def wait_until(condition: Callable[[], object], *processes: subprocess.Popen[str
 
 @pytest.mark.fault("F13", "F14", "F26")
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheduler", "slides"), [("sync", 60), ("processes", 12)])
+@pytest.mark.parametrize(("scheduler", "slides"), [("sync", 60), ("processes", 60)])
 def test_of_three_processes_one_is_killed_and_one_stopped_past_its_lease(scheduler: str, slides: int, tmp_path: Path) -> None:
     folder, whole, out = tmp_path / "slides", tmp_path / "whole", tmp_path / "out"
     folder.mkdir()
