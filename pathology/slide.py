@@ -129,7 +129,7 @@ class Slide:
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB of `box` in the level's own pixels; white outside the scan."""
-        if self._level_box(level).intersect(box) == box:
+        if self._holds(level, box):
             with under_way("read"):
                 return self._reader.read(level, box)[0]
         return self.read_masked(level, box)[0]
@@ -190,8 +190,7 @@ class Slide:
 
     def inside(self, window: Window) -> bool:
         """Whether all that the window reads lies on the slide."""
-        box = _whole(window.box, window.reduce)
-        return box.intersect(self._level_box(window.level)) == box
+        return self._holds(window.level, _whole(window.box, window.reduce))
 
     def prefetch(self, windows: Iterable[Window]) -> None:
         """Fetch the bytes under `windows` that will be read soon; without effect where the reader has no use for it."""
@@ -216,7 +215,7 @@ class Slide:
     def _read_reduced(self, level: int, box: Box, factor: int) -> NDArray[np.uint8]:
         """`box` in pixels of the level reduced by `factor`."""
         whole = _whole(box, factor)
-        if self._tiles is not None and whole.intersect(self._level_box(level)) == whole:
+        if self._tiles is not None and self._holds(level, whole):
             with under_way("read"):
                 pixels = self._tiles.read_reduced(level, box, factor)
             if pixels is not None:
@@ -240,6 +239,9 @@ class Slide:
         """(height, width) in whole pixels of the slide seen at `mpp`: every level-0 pixel is covered."""
         ratio = self._ratio(mpp)
         return int(-(-self.info.shape[0] // ratio)), int(-(-self.info.shape[1] // ratio))
+
+    def _holds(self, level: int, box: Box) -> bool:
+        return box.intersect(self._level_box(level)) == box
 
     def _level_box(self, level: int) -> Box:
         if not 0 <= level < len(self.info.level_shapes):
