@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,10 +46,10 @@ def configured(certificates: dict[str, Path]) -> dask.config.set:
 
 
 @contextmanager
-def program(name: str, *arguments: object) -> Iterator[None]:
-    """One of Dask's own programs, as a person starts it."""
+def program(name: str, log: Path, *arguments: object) -> Iterator[None]:
+    """One of Dask's own programs, as a person starts it; what it says goes to `log`."""
     command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         try:
             yield
         finally:
@@ -59,17 +59,25 @@ def program(name: str, *arguments: object) -> Iterator[None]:
 @contextmanager
 def cluster(folder: Path, *tls: object) -> Iterator[str]:
     """The address of a scheduler with one worker, each a process of its own."""
-    where = folder / "scheduler.json"
+    where, log = folder / "scheduler.json", folder / "scheduler.log"
     quiet = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")
+    scheduler = ("--port", 0, "--scheduler-file", where, "--host", "127.0.0.1", *quiet, *tls)
+    worker = ("--scheduler-file", where, "--nthreads", 2, "--no-nanny", *quiet, *tls)
     with ExitStack() as stack:
-        stack.enter_context(program("scheduler", "--port", 0, "--scheduler-file", where, "--host", "127.0.0.1", *quiet, *tls))
-        end = time.monotonic() + 60
-        while not where.exists():
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        worker = ("--scheduler-file", where, "--nthreads", 2, "--no-nanny", *quiet, *tls)
-        stack.enter_context(program("worker", *worker))
-        yield json.loads(where.read_text())["address"]
+        stack.enter_context(program("scheduler", log, *scheduler))
+        address = _address(where, log)
+        stack.enter_context(program("worker", folder / "worker.log", *worker))
+        yield address
+
+
+def _address(where: Path, log: Path) -> str:
+    """What the scheduler writes to `where` once it listens: the file is there, empty, before it is whole."""
+    end = time.monotonic() + 60
+    while True:
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            return str(json.loads(where.read_text())["address"])
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
 
 
 def options(certificates: dict[str, Path]) -> list[object]:
