@@ -25,7 +25,7 @@ from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
 from pathology.grid import TileGrid
 from pathology.readers import direct, open_slide
-from pathology.readers.codecs import Corrupt, TileCodec, ycbcr_to_rgb
+from pathology.readers.codecs import VECTOR_BYTES, Corrupt, TileCodec, empty_pixels, ycbcr_to_rgb
 from pathology.readers.direct import GAP_BYTES, LARGEST_READ, DirectReader, merged
 from pathology.readers.tile_cache import TileCache
 from pathology.slide import Slide
@@ -243,6 +243,14 @@ def test_the_mean_has_the_same_bits_with_and_without_opencv(opencv: bool, monkey
         side = 64 // factor
         sums = whole.reshape(side, factor, side, factor, 3).sum(axis=(1, 3))
         assert np.array_equal(codec().decode_mean(data, factor), (sums + factor**2 // 2) // factor**2)
+
+
+def test_rows_of_tiles_begin_off_the_places_that_are_written_past_the_caches() -> None:
+    for shape in ((240, 240, 3), (256, 256, 4), (120, 120, 3), (8, 8, 3)):
+        pixels = empty_pixels(shape)
+        assert pixels.shape == shape
+        assert pixels.flags.c_contiguous
+        assert all(row.ctypes.data % VECTOR_BYTES for row in pixels)
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 3.1])

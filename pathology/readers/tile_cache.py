@@ -64,7 +64,7 @@ class TileCache:
         """
         with self._lock:
             for place, array in enumerate(self._spare):
-                # A view of it, in a thread that still copies, would count as well.
+                # A thread that still copies from it holds the array itself, not only a view, which need not count.
                 if array.shape == shape and sys.getrefcount(array) == IN_HAND:
                     return self._spare.pop(place)
         return None
