@@ -53,6 +53,8 @@ MODULES: dict[Kind, tuple[str, ...]] = {
         "numpy.ma",
     ),
 }
+# Steps by which what is loaded behind torch has less claim on a core that both want: a tenth of it (sched(7)).
+BEHIND = 10
 # Loading makes objects by the hundred thousand and hardly any garbage: to look for it meanwhile takes a tenth of the time.
 _START = "import gc, sys; gc.disable(); sys.path[:] = sys.argv[6:]; from pathology.process import serve; serve(*sys.argv[1:6])"
 # How often what they take is looked at.
@@ -218,12 +220,27 @@ def prestart() -> None:
     _prestarted.append(_Started())
 
 
-def _load(module: str, others: threading.Event) -> None:
+def load_behind(*modules: str) -> None:
+    """Import modules, and leave the cores to who loads torch meanwhile: no region begins before that is there."""
+    with ThreadPoolExecutor(1, initializer=_step_back) as loader:
+        for module in modules:
+            loader.submit(importlib.import_module, module).result()
+
+
+def _step_back() -> None:
+    """Lower this thread's priority, for its life: who is not root cannot raise it again."""
+    if sys.platform == "linux":  # elsewhere it belongs to the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND))
+
+
+def _load(module: str, others: threading.Event, behind: bool) -> None:
     """Import what takes longest. What is there then stays, and is left out whenever garbage is looked for from now on.
 
     A process that cannot load what it needs ends, so that its holder is told. `others`: all else is loaded.
     """
     try:
+        if behind:
+            _step_back()
         importlib.import_module(module)
     except BaseException as error:
         sys.stderr.write(f"{module} cannot be loaded: {first_line(error)}\n")
@@ -247,10 +264,13 @@ def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the caller decides when to stop, and takes this process along
     first, *others = MODULES[kind]
-    loaded = threading.Event()
-    threading.Thread(target=_load, args=(first, loaded), daemon=True).start()
-    for module in others:
-        importlib.import_module(module)
+    loaded, behind = threading.Event(), kind == "slides"
+    threading.Thread(target=_load, args=(first, loaded, behind), daemon=True).start()
+    if behind:
+        load_behind(*others)
+    else:  # in one interpreter with torch, which would wait for a thread that holds it and gets no core
+        for module in others:
+            importlib.import_module(module)
     loaded.set()
     threads = ThreadPoolExecutor()
     beside, shared = Connection(int(link)), SharedMemory(int(memory))

@@ -243,9 +243,10 @@ def run(
     """
     stop = click.get_current_context().with_resource(stop_on_signals())
     if scheduler == "processes":
-        from pathology.process import prestart
+        from pathology.process import load_behind, prestart
 
         prestart()
+        load_behind("pipelines.batch", "distributed")
     from pathology.watch import Limits
     from pipelines.batch import Conduct, run_batch
     from pipelines.fetch import require_fetched

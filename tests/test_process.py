@@ -26,7 +26,7 @@ import pytest
 from pathology import pulse
 from pathology.calls import Calls, Death, SharedMemory, WorkerDied, neighbour, shared_file
 from pathology.errors import Reason, SlideError
-from pathology.process import MODULES, Kind, WorkerPair
+from pathology.process import BEHIND, MODULES, Kind, WorkerPair, load_behind
 from pathology.pulse import beat, under_way
 from pathology.watch import Limits
 
@@ -59,6 +59,21 @@ def garbage_is_looked_for(module: str) -> tuple[bool, bool]:
     while not gc.isenabled() and time.monotonic() < until:
         time.sleep(0.01)
     return gc.isenabled(), gc.get_freeze_count() > 10_000
+
+
+def priorities(module: str) -> set[int]:
+    """Those of this process's threads (proc_pid_stat(5)) once `module` is loaded and the thread that did so has ended.
+
+    Without that of pyarrow's allocator, which only gives memory back.
+    """
+    garbage_is_looked_for(module)
+    until = time.monotonic() + 30
+    while True:
+        stats = [stat.read_text() for stat in Path("/proc/self/task").glob("*/stat")]
+        found = {int(stat.rpartition(")")[2].split()[16]) for stat in stats if "(jemalloc" not in stat}
+        if len(found) == 1 or time.monotonic() > until:
+            return found
+        time.sleep(0.01)
 
 
 def refuse() -> None:
@@ -101,6 +116,27 @@ def test_the_process_for_slides_loads_no_torch(call: Call) -> None:
 @pytest.mark.parametrize("kind", MODULES)
 def test_garbage_is_looked_for_once_all_is_loaded(pair: WorkerPair, kind: Kind) -> None:
     assert pair.call(kind, garbage_is_looked_for, MODULES[kind][0]) == (True, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+class TestLoadedBehind:
+    """What is loaded while torch is on its way leaves it the cores, and nothing that works later is held back."""
+
+    @pytest.mark.parametrize("kind", MODULES)
+    def test_once_all_is_loaded_every_thread_is_as_before(self, pair: WorkerPair, kind: Kind) -> None:
+        assert pair.call(kind, priorities, MODULES[kind][0]) == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+    def test_a_module_is_loaded_with_less_claim(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "loaded_behind.py").write_text("import os\nfound = os.getpriority(os.PRIO_PROCESS, 0)\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        load_behind("loaded_behind")
+        assert sys.modules.pop("loaded_behind").found == min(19, before + BEHIND)
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+    def test_what_cannot_be_loaded_is_told(self) -> None:
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+            load_behind("no_such_module")
 
 
 def test_errors_come_back_as_they_are_with_their_traceback(call: Call) -> None:
