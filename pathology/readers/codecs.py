@@ -25,6 +25,7 @@ except ImportError:
     cv2 = None  # type: ignore[assignment]
 
 Pixels = NDArray[np.uint8]
+Data = bytes | memoryview  # a tile as it lies in the file
 
 VERSION = imagecodecs.__version__
 
@@ -81,13 +82,13 @@ class TileCodec:
     # What a tile that was found good begins with, up to the end of the size it claims: another that begins so claims the same.
     _seen: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
-    def decode(self, data: bytes, out: Pixels | None = None) -> Pixels:
+    def decode(self, data: Data, out: Pixels | None = None) -> Pixels:
         """(height, width, 3) uint8 RGB of a tile, in `out` where there is one and the codec can. Raises Corrupt."""
         self._check(data)
         if self.compression == JPEG and self.samples == 3:
             return self._jpeg(data, imagecodecs.JPEG8.CS.RGB, empty_pixels((*self.shape, 3)) if out is None else out)
         try:
-            pixels = np.asarray(DECODERS[self.compression](self, data))
+            pixels = np.asarray(DECODERS[self.compression](self, bytes(data)))
         except (RuntimeError, ValueError) as error:  # each codec of imagecodecs has a RuntimeError of its own
             raise Corrupt(str(error)) from error
         if pixels.dtype != np.uint8 or pixels.size != self.shape[0] * self.shape[1] * self.samples:
@@ -99,7 +100,7 @@ class TileCodec:
         grey = pixels.reshape(*self.shape, 1)
         return np.repeat(255 - grey if self.photometric == WHITE_IS_ZERO else grey, 3, axis=2)
 
-    def decode_mean(self, data: bytes, factor: int) -> Pixels:
+    def decode_mean(self, data: Data, factor: int) -> Pixels:
         """(height / factor, width / factor, 3) uint8: means of factor x factor pixels, rounded once. Raises Corrupt."""
         h, w = self.shape
         if self.compression == JPEG and self.samples == 3:
@@ -122,7 +123,7 @@ class TileCodec:
         whole = self.shape[0] % factor == self.shape[1] % factor == 0
         return self.compression == JPEG and self.samples == 3 and not self.header and factor in SCALED and whole
 
-    def decode_scaled(self, data: bytes, factor: int) -> Pixels:
+    def decode_scaled(self, data: Data, factor: int) -> Pixels:
         """(height / factor, width / factor, 3) uint8 by JPEG's own scaled inverse DCT: near the mean. Raises Corrupt."""
         self._check(data)
         h, w = self.shape[0] // factor, self.shape[1] // factor
@@ -134,33 +135,33 @@ class TileCodec:
             raise Corrupt(f"at 1/{factor} it is {pixels.shape[:2]} px, not {(h, w)}")
         return pixels
 
-    def _check(self, data: bytes) -> None:
+    def _check(self, data: Data) -> None:
         """Refuse a tile whose own header claims another size: a decoder would believe it and ask for the memory."""
-        if self.compression not in SIZES or (self._seen and data.startswith(self._seen[0])):
+        if self.compression not in SIZES or (self._seen and data[: len(self._seen[0])] == self._seen[0]):
             return
         claimed = self._claim(data)
         if claimed[:2] != self.shape or (len(claimed) > 2 and claimed[2] != self.samples):
             raise Corrupt(f"its header claims {claimed}, the slide's tiles are {(*self.shape, self.samples)}")
         if self.compression == JPEG and not self.header:
-            self._seen[:] = [data[: _jpeg_frame(data) + FRAME_BYTES]]
+            self._seen[:] = [bytes(data[: _jpeg_frame(data) + FRAME_BYTES])]
 
-    def claimed(self, data: bytes) -> tuple[int, ...] | None:
+    def claimed(self, data: Data) -> tuple[int, ...] | None:
         """(height, width, ...) that a tile's own header claims; None where it has none that can be read."""
         try:
             return self._claim(data) if self.compression in SIZES else None
         except Corrupt:
             return None
 
-    def _claim(self, data: bytes) -> tuple[int, ...]:
+    def _claim(self, data: Data) -> tuple[int, ...]:
         try:
             return SIZES[self.compression](self.header or data)
         except (IndexError, struct.error) as error:
             raise Corrupt("its header ends early") from error
 
-    def _jpeg(self, data: bytes, space: int, out: Pixels) -> Pixels:
+    def _jpeg(self, data: Data, space: int, out: Pixels) -> Pixels:
         try:
             imagecodecs.jpeg8_decode(
-                b"".join((self.header, data, END_OF_IMAGE)) if self.header else data,
+                b"".join((self.header, data, END_OF_IMAGE)) if self.header else data,  # type: ignore[arg-type]  # any buffer will do
                 tables=self.tables or None,
                 colorspace=SPACES[self.photometric],
                 outcolorspace=space,
@@ -170,7 +171,7 @@ class TileCodec:
             raise Corrupt(str(error)) from error
         return out
 
-    def _whole_jpeg(self, data: bytes) -> bytes:
+    def _whole_jpeg(self, data: Data) -> bytes:
         """The tile as a JPEG that stands alone: with its tables, and Adobe's mark that names the colour space."""
         at = 2
         while data[at : at + 2] == b"\xff\xe0":  # JFIF's mark would overrule Adobe's
@@ -199,13 +200,13 @@ def empty_pixels(shape: tuple[int, int, int]) -> Pixels:
     return np.ndarray(shape, np.uint8, memory.data, (OFF_VECTOR - memory.ctypes.data) % VECTOR_BYTES)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, ...]:
+def _jpeg_size(data: Data) -> tuple[int, ...]:
     """(height, width, components) of a JPEG's frame header (ITU-T T.81, B.2.2)."""
     height, width, components = struct.unpack_from(">HHB", data, _jpeg_frame(data) + 5)
     return height, width, components
 
 
-def _jpeg_frame(data: bytes) -> int:
+def _jpeg_frame(data: Data) -> int:
     """Where a JPEG's frame header begins."""
     if data[:2] != b"\xff\xd8":
         raise Corrupt("it is no JPEG")
@@ -221,7 +222,7 @@ def _jpeg_frame(data: bytes) -> int:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
-def _jpeg2000_size(data: bytes) -> tuple[int, ...]:
+def _jpeg2000_size(data: Data) -> tuple[int, ...]:
     """(height, width, components) of a codestream's SIZ segment (ITU-T T.800, A.5.1), also inside a JP2 file."""
     at = bytes(data[:4096]).find(b"\xff\x4f\xff\x51")
     if at < 0:
@@ -231,7 +232,7 @@ def _jpeg2000_size(data: bytes) -> tuple[int, ...]:
     return y1 - y0, x1 - x0, components
 
 
-def _webp_size(data: bytes) -> tuple[int, ...]:
+def _webp_size(data: Data) -> tuple[int, ...]:
     """(height, width) of a WebP file (RFC 9649)."""
     kind = bytes(data[12:16])
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or kind not in (b"VP8 ", b"VP8L", b"VP8X"):
@@ -287,7 +288,7 @@ def ycbcr_to_rgb(pixels: Pixels) -> Pixels:
     return np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)
 
 
-SIZES: Mapping[int, Callable[[bytes], tuple[int, ...]]] = {
+SIZES: Mapping[int, Callable[[Data], tuple[int, ...]]] = {
     JPEG: _jpeg_size,
     JPEG2000: _jpeg2000_size,
     APERIO_YCBCR: _jpeg2000_size,

@@ -234,7 +234,7 @@ class DirectReader:
             fetched = self._fetched.pop((level, index), None)
             self._fetched_bytes -= len(fetched or b"")
             self.decodes += 1
-        data = bytes(fetched or b"") or self._bytes(file, int(source.places[index]), int(source.sizes[index]))
+        data = fetched or self._bytes(file, int(source.places[index]), int(source.sizes[index]))
         with timed("decode"):
             if factor == 1:
                 return source.codec.decode(data, self._cache.spare((*source.codec.shape, 3)))
