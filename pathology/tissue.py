@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from pathology.components import drop_small, fill_holes
 from pathology.errors import UsageError
 from pathology.geometry import Box
-from pathology.outline import polygons
+from pathology.outline import Ring, polygons
 from pathology.resample import level_for
 from pathology.slide import Slide, SlideInfo
 from pathology.thumbnail import INK, fit_text, font, picture, png_bytes, reduced_blocks, reduced_shape
@@ -37,8 +37,8 @@ DARK = 96
 # tissue, so a slide of glass alone has none; above SURE everything is, so a field full of tissue isn't cut into pale and dark.
 LEAST_SATURATION = 0.05
 SURE_SATURATION = 0.12
-# Side of the median filter that smooths saturation, in mask px.
-MEDIAN_PX = 3
+# Rows whose medians are found at once: what that takes stays in the processor's caches.
+MEDIAN_ROWS = 64
 
 # Pieces of tissue smaller than this are dust; of a field so small that it would hold no more than ten of them, a tenth.
 MIN_OBJECT_UM2 = 10_000.0
@@ -77,6 +77,7 @@ class TissueMask:
     slide_mpp: float
     l0_shape: tuple[int, int]
     method: str = "given"
+    _outline: list[tuple[Ring, ...]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 2 or self.mask.dtype != np.bool_ or 0 in self.mask.shape:
@@ -98,6 +99,12 @@ class TissueMask:
             _edges(self.mask.shape[0], self.l0_pixel[0], self.l0_shape[0]),
             _edges(self.mask.shape[1], self.l0_pixel[1], self.l0_shape[1]),
         )
+
+    def outline(self) -> list[tuple[Ring, ...]]:
+        """`polygons` of the mask, found once."""
+        if not self._outline:
+            self._outline[:] = polygons(self.mask)  # all at once: two threads may come here
+        return self._outline
 
     @property
     def area_mm2(self) -> float:
@@ -221,13 +228,38 @@ def _saturation(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _coloured(saturation: NDArray[np.uint8], valid: NDArray[np.bool_], pixel_um: float) -> NDArray[np.bool_]:
-    smooth = np.asarray(Image.fromarray(saturation).filter(ImageFilter.MedianFilter(MEDIAN_PX)))
+    smooth = median(saturation)
     threshold = otsu_threshold(np.bincount(smooth[valid], minlength=256))
     threshold = min(max(threshold, round(LEAST_SATURATION * 255)), round(SURE_SATURATION * 255))
     pixel_um2 = pixel_um**2
     min_object_um2 = min(MIN_OBJECT_UM2, valid.size * pixel_um2 / 10)
     mask = drop_small((smooth > threshold) & valid, min_object_um2 / pixel_um2)
     return fill_holes(mask, MIN_HOLE_UM2 / pixel_um2) & valid
+
+
+def median(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W) uint8: the median of each pixel's 3 x 3 neighbourhood, the image's edge repeated beyond it.
+
+    Of the three columns of a neighbourhood, each in order: the median of the largest of their smallest, the median of their
+    medians and the smallest of their largest (Paeth, Graphics Gems, 1990). Pillow's takes ten times as long.
+    """
+    grown, found = np.pad(image, 1, mode="edge"), np.empty_like(image)
+    for first in range(0, len(image), MEDIAN_ROWS):
+        band = grown[first : first + MEDIAN_ROWS + 2]
+        low, middle, high = _in_order(band[:-2], band[1:-1], band[2:])
+        highest_low = np.maximum(np.maximum(low[:, :-2], low[:, 1:-1]), low[:, 2:])
+        lowest_high = np.minimum(np.minimum(high[:, :-2], high[:, 1:-1]), high[:, 2:])
+        _, medians, _ = _in_order(middle[:, :-2], middle[:, 1:-1], middle[:, 2:])
+        found[first : first + MEDIAN_ROWS] = _in_order(highest_low, medians, lowest_high)[1]
+    return found
+
+
+def _in_order(
+    a: NDArray[np.uint8], b: NDArray[np.uint8], c: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """The smallest, the middle and the largest of three arrays, pixel by pixel."""
+    smaller, larger = np.minimum(a, b), np.maximum(a, b)
+    return np.minimum(smaller, c), np.maximum(smaller, np.minimum(larger, c)), np.maximum(larger, c)
 
 
 def otsu_threshold(histogram: NDArray[np.int64]) -> int:
@@ -250,7 +282,7 @@ def tissue_geojson(tissue: TissueMask, fingerprint: str, bounds: Box | None = No
     l0_y, l0_x = tissue.l0_edges()
     dy, dx = (0, 0) if bounds is None else (bounds.y, bounds.x)
     features: list[dict[str, Any]] = []
-    for polygon in polygons(tissue.mask):
+    for polygon in tissue.outline():
         top, left = min(polygon[0].tolist())  # of the component's first pixel: no other component has it
         features.append(
             {
@@ -287,7 +319,7 @@ def tissue_png(slide: Slide, tissue: TissueMask) -> bytes:
     draw = ImageDraw.Draw(image)
     l0_y, l0_x = tissue.l0_edges()
     ys, xs = l0_y * (image.height / tissue.l0_shape[0]), l0_x * (image.width / tissue.l0_shape[1])
-    for ring in (ring for polygon in polygons(tissue.mask) for ring in polygon):
+    for ring in (ring for polygon in tissue.outline() for ring in polygon):
         closed = np.append(ring, ring[:1], axis=0)
         draw.line([(float(xs[x]), float(ys[y])) for y, x in closed], fill=OUTLINE_COLOR, width=2)
     face = font(15)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from pathology.components import components, drop_small, fill_holes
@@ -21,7 +21,16 @@ from pathology.outline import polygons, signed_area
 from pathology.slide import Slide, SlideInfo
 from pathology.testing import ArrayReader, array_slide
 from pathology.thumbnail import BLOCK_PX, SMALLER, thumbnail
-from pathology.tissue import OUTLINE_COLOR, TissueMask, find_tissue, otsu_threshold, tissue_geojson, tissue_png
+from pathology.tissue import (
+    MEDIAN_ROWS,
+    OUTLINE_COLOR,
+    TissueMask,
+    find_tissue,
+    median,
+    otsu_threshold,
+    tissue_geojson,
+    tissue_png,
+)
 
 PINK = (200, 120, 170)
 GLASS = (243, 243, 243)
@@ -242,6 +251,18 @@ def test_a_single_level_is_read_once_in_bounded_blocks() -> None:
     boxes = [box for _, box in slide._reader.reads]  # type: ignore[attr-defined]
     assert max(max(box.shape) for box in boxes) <= BLOCK_PX
     assert sum(box.height * box.width for box in boxes) == 5003 * 4501
+
+
+@given(array_shapes(min_dims=2, max_dims=2, max_side=2 * MEDIAN_ROWS + 3), st.sampled_from([2, 256]))
+def test_the_median_is_pillows(shape: tuple[int, int], levels: int) -> None:
+    image = np.random.default_rng(0).integers(0, levels, shape, np.uint8, endpoint=False)
+    assert np.array_equal(median(image), Image.fromarray(image).filter(ImageFilter.MedianFilter(3)))
+
+
+def test_the_outline_is_found_once() -> None:
+    tissue = TissueMask(np.eye(3, dtype=bool), (1.0, 1.0), 0.5, (3, 3))
+    assert tissue.outline() is tissue.outline()
+    assert [len(polygon) for polygon in tissue.outline()] == [1, 1, 1]
 
 
 def test_otsu_threshold() -> None:
