@@ -202,7 +202,7 @@ def alternately(contests: dict[str, dict[str, Contestant]], choice: Choice) -> R
         title: {name: run for name, run in contestants.items() if takes_part(name, choice)}
         for title, contestants in contests.items()
     }
-    rounds: Rounds = {title: {name: [] for name in contestants} for title, contestants in chosen.items()}
+    rounds: Rounds = {title: {name: [] for name in contestants} for title, contestants in chosen.items() if contestants}
     for number in range(choice.runs):
         for title, contestants in chosen.items():
             for name, run in contestants.items():
@@ -341,7 +341,7 @@ PARTS = {part.__name__: part for part in (reading, roofs, whole, storage, memory
 
 def remarks(written: Path) -> str:
     """What a person wrote under the figures of the page that is there: it stays, and may want to be written anew."""
-    _, heading, text = written.read_text().partition(f"\n{REMARKS}\n")
+    _, heading, text = (written.read_text() if written.exists() else "").partition(f"\n{REMARKS}\n")
     return heading + text
 
 

@@ -26,6 +26,33 @@ def row(wall_s: float, tiles: float, cpu_s: float = 1.0) -> dict[str, float]:
     return {"wall_s": wall_s, "cpu_s": cpu_s, "tiles": tiles}
 
 
+def test_in_each_round_everyone_has_one_turn() -> None:
+    turns: list[str] = []
+
+    def contestant(name: str) -> run.Contestant:
+        return lambda: turns.append(name) or row(len(turns), 1)
+
+    contests = {
+        "s": {"ours": contestant("s ours"), "plain": contestant("s plain")},
+        "t": {"ours": contestant("t ours")},
+        "u": {},
+    }
+    found = run.alternately(contests, run.Choice(runs=2))
+    assert turns == ["s ours", "s plain", "t ours"] * 2
+    assert found == {
+        "s": {"ours": [row(1, 1), row(4, 1)], "plain": [row(2, 1), row(5, 1)]},
+        "t": {"ours": [row(3, 1), row(6, 1)]},
+    }
+    assert list(run.alternately(contests, run.Choice(runs=1, only=("plain",)))) == ["s"]
+
+
+def test_what_was_written_by_hand_stays(tmp_path: Path) -> None:
+    written = tmp_path / "page.md"
+    assert run.remarks(written) == ""
+    written.write_text(f"# Benchmarks\n\n1.0x\n\n{run.REMARKS}\n\nA quiet day.\n")
+    assert run.remarks(written) == f"\n{run.REMARKS}\n\nA quiet day.\n"
+
+
 def test_medians_and_spread() -> None:
     found = medians({"a": [row(2, 10), row(5, 10), row(3, 10)]})
     assert found == {"a": {"wall_s": 3, "cpu_s": 1, "tiles": 10, "spread": 1.0}}
