@@ -147,7 +147,7 @@ def page(parts: Mapping[str, Rounds], machine: str, cores: int, notes: Sequence[
     notes    contestants that could not run, and why, a line each
     """
     lines = [INTRODUCTION, machine, "", *(f"- {note}" for note in notes)]
-    found = {part: {title: medians(rounds) for title, rounds in titles.items()} for part, titles in parts.items()}
+    found = {part: {title: medians(rounds) for title, rounds in titles.items()} for part, titles in parts.items() if titles}
     if "reading" in found:
         lines += ["", "## Reading alone, one thread, no model", ""]
         for title, rows in found["reading"].items():

@@ -141,10 +141,12 @@ def peer(who: str, python: Path, name: str, network: str) -> Row:
 
 
 @functools.cache
-def tuned_threads(network: str) -> int:
-    """The better number of torch threads for the plain script, one or one a core: median of five tries on 1,000 tiles."""
-    tries = [{n: plain("s20small", network, n)["wall_s"] for n in sorted({1, CORES})} for _ in range(5)]
-    middle = {n: statistics.median(each[n] for each in tries) for n in tries[0]}
+def tuned_threads(network: str, tries: int) -> int:
+    """The better number of torch threads for the plain script, one or one a core: by the median of tries on 1,000 tiles."""
+    if CORES == 1:
+        return 1
+    rounds = [{n: plain("s20small", network, n)["wall_s"] for n in (1, CORES)} for _ in range(tries)]
+    middle = {n: statistics.median(each[n] for each in rounds) for n in rounds[0]}
     best = min(middle, key=lambda n: middle[n])
     found = ", ".join(f"{n}: {wall_s:.1f} s" for n, wall_s in middle.items())
     print(f"  torch threads of the plain script with {network}: {best} ({found})", flush=True)
@@ -272,7 +274,7 @@ def whole(choice: Choice) -> Rounds:
     """The whole command, start to exit, with its default outputs."""
     contests = {}
     for network in choice.networks or tuple(CONTESTS):
-        threads = tuned_threads(network) if takes_part("plain script", choice) else 1
+        threads = tuned_threads(network, choice.runs) if takes_part("plain script", choice) else 1
         others = available(choice, "wsinfer", "slide2vec")
         for name in choice.slides or CONTESTS[network]:
             contestants: dict[str, Contestant] = {

@@ -27,6 +27,7 @@ from pathology.memory import CACHE_SHARE
 from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.models.pool import pooled_spec
+from pathology.outline import polygons
 from pathology.plan import Plan, make_plan
 from pathology.pulse import under_way
 from pathology.readers import open_slide
@@ -150,7 +151,9 @@ def tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
     area, made = _area(job), _kept.tissue_files.setdefault(slide, {})
     if area not in made:
         tissue = tissue_of(slide, job)
-        made[area] = tissue_geojson(tissue, slide.info.fingerprint), tissue_png(slide, tissue)
+        outline = polygons(tissue.mask)
+        geojson = tissue_geojson(tissue, slide.info.fingerprint, outline=outline)
+        made[area] = geojson, tissue_png(slide, tissue, outline)
     return made[area]
 
 

@@ -53,8 +53,9 @@ MODULES: dict[Kind, tuple[str, ...]] = {
         "numpy.ma",
     ),
 }
-# Steps by which what is loaded behind torch has less claim on a core that both want: a tenth of it (sched(7)).
-BEHIND = 10
+# Steps by which what is loaded behind torch has less claim on a core that both want: a quarter of it (sched(7)). They are few,
+# since on a busy machine it gets no more beside what others run there.
+BEHIND = 5
 # Loading makes objects by the hundred thousand and hardly any garbage: to look for it meanwhile takes a tenth of the time.
 _START = "import gc, sys; gc.disable(); sys.path[:] = sys.argv[6:]; from pathology.process import serve; serve(*sys.argv[1:6])"
 # How often what they take is looked at.
@@ -228,15 +229,20 @@ def load_behind(*modules: str) -> None:
 
 
 def _step_back() -> None:
-    """Lower this thread's priority, for its life: who is not root cannot raise it again."""
-    if sys.platform == "linux":  # elsewhere it belongs to the whole process
+    """Lower this thread's priority, for its life: who is not root cannot raise it again. Nothing depends on it."""
+    with suppress(OSError):
+        if sys.platform != "linux":  # there it belongs to the whole process
+            return
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND))
 
 
 def _load(module: str, others: threading.Event, behind: bool) -> None:
     """Import what takes longest. What is there then stays, and is left out whenever garbage is looked for from now on.
 
-    A process that cannot load what it needs ends, so that its holder is told. `others`: all else is loaded.
+    A process that cannot load what it needs ends, so that its holder is told.
+
+    others  all else is loaded
+    behind  leave the cores to who loads torch
     """
     try:
         if behind:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from pathology.calls import WorkerDied
 from pathology.errors import EnvironmentFault, UsageError, one_line
-from pathology.process import Kind, WorkerPair
+from pathology.process import Kind, WorkerPair, load_behind
 from pathology.watch import Limits
 
 # Regions a worker works on at once: one reads while another's last batch is with the model.
@@ -272,6 +272,7 @@ def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits 
     So a death is known at once and concerns that worker alone, and the processes need nothing of Dask. Listens on loopback
     at most.
     """
+    load_behind("dask")
     import dask
 
     # Its workers' threads only wait: a look at their stacks a hundred times a second, and a tick fifty times, are for nothing.
@@ -284,6 +285,7 @@ def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits 
             "distributed.diagnostics.computations.max-history": 1,
         }
     )
+    load_behind("distributed")
     from distributed import Client, Scheduler, SpecCluster, Worker
 
     # Every node serves HTTP, dashboard or not. Left to itself the scheduler does so on port 8787 (a second run warns that

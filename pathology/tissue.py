@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ LEAST_COVERAGE = 1e-9
 METHODS = ("otsu", "none")
 
 Whole = NDArray[np.int64]
+Outline = list[tuple[Ring, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +79,6 @@ class TissueMask:
     slide_mpp: float
     l0_shape: tuple[int, int]
     method: str = "given"
-    _outline: list[tuple[Ring, ...]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 2 or self.mask.dtype != np.bool_ or 0 in self.mask.shape:
@@ -99,12 +100,6 @@ class TissueMask:
             _edges(self.mask.shape[0], self.l0_pixel[0], self.l0_shape[0]),
             _edges(self.mask.shape[1], self.l0_pixel[1], self.l0_shape[1]),
         )
-
-    def outline(self) -> list[tuple[Ring, ...]]:
-        """`polygons` of the mask, found once."""
-        if not self._outline:
-            self._outline[:] = polygons(self.mask)  # all at once: two threads may come here
-        return self._outline
 
     @property
     def area_mm2(self) -> float:
@@ -241,7 +236,7 @@ def median(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W) uint8: the median of each pixel's 3 x 3 neighbourhood, the image's edge repeated beyond it.
 
     Of the three columns of a neighbourhood, each in order: the median of the largest of their smallest, the median of their
-    medians and the smallest of their largest (Paeth, Graphics Gems, 1990). Pillow's takes ten times as long.
+    medians and the smallest of their largest (Paeth, Graphics Gems, 1990). Pillow's takes many times as long.
     """
     grown, found = np.pad(image, 1, mode="edge"), np.empty_like(image)
     for first in range(0, len(image), MEDIAN_ROWS):
@@ -272,17 +267,18 @@ def otsu_threshold(histogram: NDArray[np.int64]) -> int:
     return int(np.argmax(np.nan_to_num(between, nan=0.0, posinf=0.0)))
 
 
-def tissue_geojson(tissue: TissueMask, fingerprint: str, bounds: Box | None = None) -> bytes:
+def tissue_geojson(tissue: TissueMask, fingerprint: str, bounds: Box | None = None, outline: Outline | None = None) -> bytes:
     """A GeoJSON FeatureCollection of tissue polygons with holes in level-0 px, which QuPath reads as annotations.
 
     fingerprint  of the slide: ids are made of it and of the polygon's place, so that importing twice changes nothing
     bounds       part of level 0 that the reader of this file shows; coordinates count from its corner. QuPath crops slides
                  to `SlideInfo.bounds`; without it coordinates count from level 0's corner.
+    outline      `polygons` of the mask where they are known
     """
     l0_y, l0_x = tissue.l0_edges()
     dy, dx = (0, 0) if bounds is None else (bounds.y, bounds.x)
     features: list[dict[str, Any]] = []
-    for polygon in tissue.outline():
+    for polygon in polygons(tissue.mask) if outline is None else outline:
         top, left = min(polygon[0].tolist())  # of the component's first pixel: no other component has it
         features.append(
             {
@@ -313,13 +309,16 @@ def _number(value: float) -> int | float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def tissue_png(slide: Slide, tissue: TissueMask) -> bytes:
-    """A PNG of the slide, at most 1024 px a side, with the tissue's outline drawn in and its area written below."""
+def tissue_png(slide: Slide, tissue: TissueMask, outline: Outline | None = None) -> bytes:
+    """A PNG of the slide, at most 1024 px a side, with the tissue's outline drawn in and its area written below.
+
+    outline  `polygons` of the mask where they are known
+    """
     image = picture(slide, SMALL_PICTURE_PX, PICTURE_PX)
     draw = ImageDraw.Draw(image)
     l0_y, l0_x = tissue.l0_edges()
     ys, xs = l0_y * (image.height / tissue.l0_shape[0]), l0_x * (image.width / tissue.l0_shape[1])
-    for ring in (ring for polygon in tissue.outline() for ring in polygon):
+    for ring in chain.from_iterable(polygons(tissue.mask) if outline is None else outline):
         closed = np.append(ring, ring[:1], axis=0)
         draw.line([(float(xs[x]), float(ys[y])) for y, x in closed], fill=OUTLINE_COLOR, width=2)
     face = font(15)

@@ -246,7 +246,7 @@ def run(
         from pathology.process import load_behind, prestart
 
         prestart()
-        load_behind("pipelines.batch", "distributed")
+        load_behind("pipelines.batch")
     from pathology.watch import Limits
     from pipelines.batch import Conduct, run_batch
     from pipelines.fetch import require_fetched

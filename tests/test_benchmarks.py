@@ -106,7 +106,8 @@ def test_the_page() -> None:
 
 
 def test_a_page_of_one_part() -> None:
-    text = page({"whole": {"tiny on s40": {EXACT: [row(5, 500)]}}}, "Measured on 2 cores.", 2)
+    nothing: dict[str, run.Rounds] = {part: {} for part in run.PARTS}
+    text = page(nothing | {"whole": {"tiny on s40": {EXACT: [row(5, 500)]}}}, "Measured on 2 cores.", 2)
     assert "After start-up" not in text
     assert "Twice" not in text
     assert "difference" not in text

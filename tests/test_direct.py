@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -245,6 +247,11 @@ def test_the_mean_has_the_same_bits_with_and_without_opencv(opencv: bool, monkey
         assert np.array_equal(codec().decode_mean(data, factor), (sums + factor**2 // 2) // factor**2)
 
 
+def test_tiles_do_not_share_the_room_they_were_made_in() -> None:
+    first, second = (codec().decode_mean(as_rgb_jpeg(noise_pixels(64, 64)), 2) for _ in range(2))
+    assert not np.shares_memory(first, second)
+
+
 def test_rows_of_tiles_begin_off_the_places_that_are_written_past_the_caches() -> None:
     for shape in ((240, 240, 3), (256, 256, 4), (120, 120, 3), (8, 8, 3)):
         pixels = empty_pixels(shape)
@@ -291,12 +298,12 @@ def test_what_cannot_be_decoded_here_is_left_to_openslide(tmp_path: Path, monkey
 def test_a_make_whose_tiles_come_out_otherwise_is_left_to_openslide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiff(tmp_path / "s.svs", [noise_pixels(90, 90)])
     decode = TileCodec.decode
-    monkeypatch.setattr(TileCodec, "decode", lambda codec, data, out=None: decode(codec, data, out) ^ 1)
+    monkeypatch.setattr(TileCodec, "decode", lambda codec, data: decode(codec, data) ^ 1)
     with open_slide(path) as slide:
         assert slide.info.reader.startswith("openslide")
         assert "otherwise" in slide.info.reader_why
 
-    def refuse(codec: TileCodec, data: bytes, out: Pixels | None = None) -> Pixels:
+    def refuse(codec: TileCodec, data: bytes) -> Pixels:
         raise Corrupt("never seen")
 
     monkeypatch.setattr(TileCodec, "decode", refuse)
@@ -411,6 +418,26 @@ def test_another_thread_makes_it_when_the_first_was_refused() -> None:
     with pytest.raises(OSError, match="gone"):
         cache.get("a", lambda: (_ for _ in ()).throw(OSError("gone")))
     assert cache.get("a", lambda: np.ones(1, np.uint8)).tolist() == [1]
+
+
+def test_what_is_kept_of_a_corrupt_tile_holds_no_pixels() -> None:
+    class Room:
+        """What the frame that decodes holds."""
+
+    held: list[weakref.ref[Room]] = []
+
+    def make() -> Pixels:
+        room = Room()
+        held.append(weakref.ref(room))
+        raise Corrupt("it ends early")
+
+    cache = TileCache(10**6)
+    for _ in range(2):
+        with pytest.raises(Corrupt, match="it ends early"):
+            cache.get("a", make)
+    assert len(held) == 1
+    gc.collect()
+    assert held[0]() is None
 
 
 # --- bad input

@@ -134,6 +134,14 @@ class TestLoadedBehind:
         assert sys.modules.pop("loaded_behind").found == min(19, before + BEHIND)
         assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
+    def test_where_priorities_may_not_be_set_it_is_loaded_as_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refused(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "setpriority", refused)
+        load_behind("colorsys")
+        assert "colorsys" in sys.modules
+
     def test_what_cannot_be_loaded_is_told(self) -> None:
         with pytest.raises(ModuleNotFoundError, match="no_such_module"):
             load_behind("no_such_module")

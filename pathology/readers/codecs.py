@@ -82,11 +82,11 @@ class TileCodec:
     # What a tile that was found good begins with, up to the end of the size it claims: another that begins so claims the same.
     _seen: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
-    def decode(self, data: Data, out: Pixels | None = None) -> Pixels:
-        """(height, width, 3) uint8 RGB of a tile, in `out` where there is one and the codec can. Raises Corrupt."""
+    def decode(self, data: Data) -> Pixels:
+        """(height, width, 3) uint8 RGB of a tile. Raises Corrupt."""
         self._check(data)
         if self.compression == JPEG and self.samples == 3:
-            return self._jpeg(data, imagecodecs.JPEG8.CS.RGB, empty_pixels((*self.shape, 3)) if out is None else out)
+            return self._jpeg(data, imagecodecs.JPEG8.CS.RGB, empty_pixels((*self.shape, 3)))
         try:
             pixels = np.asarray(DECODERS[self.compression](self, bytes(data)))
         except (RuntimeError, ValueError) as error:  # each codec of imagecodecs has a RuntimeError of its own
@@ -191,7 +191,7 @@ def _four_bytes(shape: tuple[int, int]) -> Pixels:
 
 
 def empty_pixels(shape: tuple[int, int, int]) -> Pixels:
-    """Room for a tile, (height, width, samples) uint8, whose rows begin at no multiple of 32 bytes.
+    """Room for a tile, (height, width, samples) uint8, whose rows begin at no multiple of 32 bytes if its width is one of 8 px.
 
     Where they do, libjpeg-turbo writes them past the processor's caches, and whoever reads them next waits for memory: a tenth
     to a quarter of the time of decoding.

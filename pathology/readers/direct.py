@@ -237,7 +237,7 @@ class DirectReader:
         data = fetched or self._bytes(file, int(source.places[index]), int(source.sizes[index]))
         with timed("decode"):
             if factor == 1:
-                return source.codec.decode(data, self._cache.spare((*source.codec.shape, 3)))
+                return source.codec.decode(data)
             if self._fast and source.codec.scales(factor):
                 return source.codec.decode_scaled(data, factor)
             return source.codec.decode_mean(data, factor)

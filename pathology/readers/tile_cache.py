@@ -1,11 +1,10 @@
 """Decoded tiles of one slide, kept while there is room. Promise: of all threads that want a tile, one makes it.
 
-Kept arrays are never written to, so that forgetting one spoils no thread that still copies from it.
+Kept arrays are never written to: a thread may still copy from one that is forgotten.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -13,10 +12,6 @@ from collections.abc import Callable, Hashable
 import numpy as np
 
 from pathology.readers.codecs import Corrupt, Pixels
-
-SPARES = 8
-# References to an array that only `spare` holds: its list, its loop's name, and getrefcount's argument.
-IN_HAND = 3
 
 
 class TileCache:
@@ -33,7 +28,6 @@ class TileCache:
         self._waiting = 0  # threads that wait for a tile which another makes
         self._kept: OrderedDict[Hashable, Pixels | Corrupt] = OrderedDict()
         self._making: set[Hashable] = set()
-        self._spare: list[Pixels] = []
 
     def __contains__(self, name: Hashable) -> bool:
         """Whether the tile is kept or being made."""
@@ -57,24 +51,12 @@ class TileCache:
             raise Corrupt(str(kept))
         return kept
 
-    def spare(self, shape: tuple[int, ...]) -> Pixels | None:
-        """An array of `shape` that was forgotten and that nobody else holds: to be written to again.
-
-        Fresh memory costs a fifth of a tile's decoding, most of it the kernel's work of handing out empty pages.
-        """
-        with self._lock:
-            for place, array in enumerate(self._spare):
-                # A thread that still copies from it holds the array itself, not only a view, which need not count.
-                if array.shape == shape and sys.getrefcount(array) == IN_HAND:
-                    return self._spare.pop(place)
-        return None
-
     def _make(self, name: Hashable, make: Callable[[], Pixels]) -> Pixels | Corrupt:
         kept: Pixels | Corrupt | None = None
         try:
             kept = make()
         except Corrupt as error:
-            kept = error
+            kept = Corrupt(str(error))  # without its traceback, which holds the frames that decoded, and their pixels
         finally:
             with self._lock:
                 self._making.remove(name)
@@ -84,8 +66,6 @@ class TileCache:
                 while self._bytes > self.limit_bytes and len(self._kept) > 1:
                     _, dropped = self._kept.popitem(last=False)
                     self._bytes -= _size(dropped)
-                    if isinstance(dropped, np.ndarray) and dropped.flags.writeable:
-                        self._spare = [*self._spare[-SPARES + 1 :], dropped]
                 if self._waiting:
                     self._made.notify_all()
         return kept
