@@ -152,8 +152,7 @@ def tissue_files(slide: Slide, job: Job) -> tuple[bytes, bytes]:
     if area not in made:
         tissue = tissue_of(slide, job)
         outline = polygons(tissue.mask)
-        geojson = tissue_geojson(tissue, slide.info.fingerprint, outline=outline)
-        made[area] = geojson, tissue_png(slide, tissue, outline)
+        made[area] = tissue_geojson(tissue, outline, slide.info.fingerprint), tissue_png(slide, tissue, outline)
     return made[area]
 
 

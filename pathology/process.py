@@ -230,10 +230,9 @@ def load_behind(*modules: str) -> None:
 
 def _step_back() -> None:
     """Lower this thread's priority, for its life: who is not root cannot raise it again. Nothing depends on it."""
-    with suppress(OSError):
-        if sys.platform != "linux":  # there it belongs to the whole process
-            return
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND))
+    if sys.platform == "linux":  # elsewhere it belongs to the whole process
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND))
 
 
 def _load(module: str, others: threading.Event, behind: bool) -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from pathology.components import drop_small, fill_holes
 from pathology.errors import UsageError
 from pathology.geometry import Box
-from pathology.outline import Ring, polygons
+from pathology.outline import Ring
 from pathology.resample import level_for
 from pathology.slide import Slide, SlideInfo
 from pathology.thumbnail import INK, fit_text, font, picture, png_bytes, reduced_blocks, reduced_shape
@@ -60,7 +60,7 @@ LEAST_COVERAGE = 1e-9
 METHODS = ("otsu", "none")
 
 Whole = NDArray[np.int64]
-Outline = list[tuple[Ring, ...]]
+Outline = list[tuple[Ring, ...]]  # `polygons` of a mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -267,18 +267,17 @@ def otsu_threshold(histogram: NDArray[np.int64]) -> int:
     return int(np.argmax(np.nan_to_num(between, nan=0.0, posinf=0.0)))
 
 
-def tissue_geojson(tissue: TissueMask, fingerprint: str, bounds: Box | None = None, outline: Outline | None = None) -> bytes:
+def tissue_geojson(tissue: TissueMask, outline: Outline, fingerprint: str, bounds: Box | None = None) -> bytes:
     """A GeoJSON FeatureCollection of tissue polygons with holes in level-0 px, which QuPath reads as annotations.
 
     fingerprint  of the slide: ids are made of it and of the polygon's place, so that importing twice changes nothing
     bounds       part of level 0 that the reader of this file shows; coordinates count from its corner. QuPath crops slides
                  to `SlideInfo.bounds`; without it coordinates count from level 0's corner.
-    outline      `polygons` of the mask where they are known
     """
     l0_y, l0_x = tissue.l0_edges()
     dy, dx = (0, 0) if bounds is None else (bounds.y, bounds.x)
     features: list[dict[str, Any]] = []
-    for polygon in polygons(tissue.mask) if outline is None else outline:
+    for polygon in outline:
         top, left = min(polygon[0].tolist())  # of the component's first pixel: no other component has it
         features.append(
             {
@@ -309,16 +308,13 @@ def _number(value: float) -> int | float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def tissue_png(slide: Slide, tissue: TissueMask, outline: Outline | None = None) -> bytes:
-    """A PNG of the slide, at most 1024 px a side, with the tissue's outline drawn in and its area written below.
-
-    outline  `polygons` of the mask where they are known
-    """
+def tissue_png(slide: Slide, tissue: TissueMask, outline: Outline) -> bytes:
+    """A PNG of the slide, at most 1024 px a side, with the tissue's outline drawn in and its area written below."""
     image = picture(slide, SMALL_PICTURE_PX, PICTURE_PX)
     draw = ImageDraw.Draw(image)
     l0_y, l0_x = tissue.l0_edges()
     ys, xs = l0_y * (image.height / tissue.l0_shape[0]), l0_x * (image.width / tissue.l0_shape[1])
-    for ring in chain.from_iterable(polygons(tissue.mask) if outline is None else outline):
+    for ring in chain.from_iterable(outline):
         closed = np.append(ring, ring[:1], axis=0)
         draw.line([(float(xs[x]), float(ys[y])) for y, x in closed], fill=OUTLINE_COLOR, width=2)
     face = font(15)

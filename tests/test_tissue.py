@@ -339,7 +339,7 @@ def test_geojson_covers_the_mask_in_level_0_pixels() -> None:
     mask = ndimage.zoom(rng.random((6, 7)), 5, order=1) > 0.45
     pixel = (16.004, 16.004)
     tissue = TissueMask(mask, pixel, 0.5, (int(30 * 16.004 - 7), int(35 * 16.004 + 3)), "otsu")
-    data = json.loads(tissue_geojson(tissue, "f" * 64))
+    data = json.loads(tissue_geojson(tissue, polygons(tissue.mask), "f" * 64))
     assert data["type"] == "FeatureCollection"
     assert data["tissue_mm2"] == pytest.approx(tissue.area_mm2, abs=1e-6)
     assert "properties" not in data  # RFC 7946, 7.1
@@ -360,19 +360,20 @@ def test_geojson_covers_the_mask_in_level_0_pixels() -> None:
 def test_geojson_ids_are_stable_and_offset_moves_nothing_else() -> None:
     mask = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 1]], bool)
     tissue = TissueMask(mask, (8.0, 8.0), 0.5, (24, 24))
-    whole, cropped = tissue_geojson(tissue, "a"), tissue_geojson(tissue, "a", Box(-5, 7, 10, 10))
-    assert whole == tissue_geojson(tissue, "a", outline=polygons(tissue.mask))
+    outline = polygons(tissue.mask)
+    whole, cropped = tissue_geojson(tissue, outline, "a"), tissue_geojson(tissue, outline, "a", Box(-5, 7, 10, 10))
+    assert whole == tissue_geojson(tissue, outline, "a")
     first, second = json.loads(whole)["features"], json.loads(cropped)["features"]
     ids = [feature["id"] for feature in first]
     assert len(set(ids)) == 4
     assert ids == [feature["id"] for feature in second]
     assert first[0]["geometry"]["coordinates"] == [[[0, 0], [8, 0], [8, 8], [0, 8], [0, 0]]]
     assert second[0]["geometry"]["coordinates"] == [[[-7, 5], [1, 5], [1, 13], [-7, 13], [-7, 5]]]
-    assert not set(ids) & {feature["id"] for feature in json.loads(tissue_geojson(tissue, "b"))["features"]}
+    assert not set(ids) & {feature["id"] for feature in json.loads(tissue_geojson(tissue, outline, "b"))["features"]}
 
 
 def test_geojson_of_no_tissue_is_an_empty_collection() -> None:
-    data = json.loads(tissue_geojson(TissueMask(np.zeros((3, 3), bool), (8.0, 8.0), 0.5, (24, 24)), "a"))
+    data = json.loads(tissue_geojson(TissueMask(np.zeros((3, 3), bool), (8.0, 8.0), 0.5, (24, 24)), [], "a"))
     assert data["features"] == []
     assert data["tissue_mm2"] == 0
 
@@ -413,7 +414,7 @@ def test_thumbnail_reads_bounded_blocks() -> None:
 def test_tissue_png_draws_the_outline_where_the_tissue_ends() -> None:
     slide = slide_of(disc(2048, 600, (1024, 1024)), 0.5)
     tissue = find_tissue(slide)
-    data = tissue_png(slide, tissue)
+    data = tissue_png(slide, tissue, polygons(tissue.mask))
     assert data == tissue_png(slide, tissue, polygons(tissue.mask))
     page = np.asarray(Image.open(io.BytesIO(data)))
     assert page.shape[1] == 1024
@@ -428,4 +429,5 @@ def test_tissue_png_draws_the_outline_where_the_tissue_ends() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4000), (4000, 3)])
 def test_tissue_png_of_odd_shapes(shape: tuple[int, int]) -> None:
     slide = slide_of(np.full((*shape, 3), PINK, np.uint8), 0.5)
-    assert max(Image.open(io.BytesIO(tissue_png(slide, find_tissue(slide)))).size) <= 1024 + 26
+    tissue = find_tissue(slide)
+    assert max(Image.open(io.BytesIO(tissue_png(slide, tissue, polygons(tissue.mask)))).size) <= 1024 + 26
