@@ -387,37 +387,75 @@ def test_merged_reads_cover_every_span_once(places: list[tuple[int, int]]) -> No
 
 
 def test_a_cache_of_one_makes_again_what_it_forgot() -> None:
-    cache, made = TileCache(100), []
+    cache, made = TileCache[str](100), []
 
-    def make(name: str) -> Callable[[], Pixels]:
-        return lambda: made.append(name) or np.zeros(80, np.uint8)  # type: ignore[func-returns-value]
+    def make(name: str) -> Pixels:
+        made.append(name)
+        return np.zeros(80, np.uint8)
 
     for name in "aabbab":
-        cache.get(name, make(name))
+        cache.get([name], make)
     assert made == ["a", "b", "a", "b"]
 
 
-def test_threads_that_want_the_same_tile_wait_for_the_one_that_makes_it() -> None:
-    cache, made, gate = TileCache(10**6), [], threading.Event()
+def test_tiles_come_in_the_order_asked_for_though_some_are_forgotten_meanwhile() -> None:
+    cache, made = TileCache[int](100), []
 
-    def make() -> Pixels:
-        made.append(threading.get_ident())
+    def make(name: int) -> Pixels:
+        made.append(name)
+        return np.full(80, name, np.uint8)
+
+    cache.get([2], make)
+    assert [tile[0] for tile in cache.get([3, 2, 1, 0], make) if not isinstance(tile, Corrupt)] == [3, 2, 1, 0]
+    assert made == [2, 3, 1, 0]
+
+
+def test_threads_that_want_the_same_tile_wait_for_the_one_that_makes_it() -> None:
+    cache, made, gate = TileCache[str](10**6), [], threading.Event()
+
+    def make(name: str) -> Pixels:
+        made.append(name)
         gate.wait(5)
         return np.zeros(8, np.uint8)
 
     with ThreadPoolExecutor(6) as pool:
-        futures = [pool.submit(cache.get, "a", make) for _ in range(6)]
+        futures = [pool.submit(cache.get, ["a", "b"], make) for _ in range(6)]
         gate.set()
         answers = [f.result() for f in futures]
-    assert len(made) == 1
-    assert all(a is answers[0] for a in answers)
+    assert sorted(made) == ["a", "b"]
+    assert all(mine is theirs for answer in answers for mine, theirs in zip(answer, answers[0], strict=True))
 
 
-def test_another_thread_makes_it_when_the_first_was_refused() -> None:
-    cache = TileCache(10**6)
+def test_a_thread_makes_its_own_tiles_before_it_waits_for_others() -> None:
+    cache, begun, other_made = TileCache[str](10**6), threading.Event(), threading.Event()
+
+    def make_late(name: str) -> Pixels:
+        begun.set()
+        assert other_made.wait(10)
+        return np.zeros(8, np.uint8)
+
+    def make(name: str) -> Pixels:
+        assert name == "b"
+        other_made.set()
+        return np.ones(8, np.uint8)
+
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(cache.get, ["a"], make_late)
+        assert begun.wait(10)
+        a, b = cache.get(["a", "b"], make)
+        assert a is late.result()[0]
+        assert b is not a
+
+
+def test_another_thread_makes_them_when_the_first_was_refused() -> None:
+    cache = TileCache[str](10**6)
+
+    def refuse(name: str) -> Pixels:
+        raise OSError("gone")
+
     with pytest.raises(OSError, match="gone"):
-        cache.get("a", lambda: (_ for _ in ()).throw(OSError("gone")))
-    assert cache.get("a", lambda: np.ones(1, np.uint8)).tolist() == [1]
+        cache.get(["a", "b"], refuse)
+    assert len(cache.get(["b", "a"], lambda name: np.ones(1, np.uint8))) == 2
 
 
 def test_what_is_kept_of_a_corrupt_tile_holds_no_pixels() -> None:
@@ -426,15 +464,16 @@ def test_what_is_kept_of_a_corrupt_tile_holds_no_pixels() -> None:
 
     held: list[weakref.ref[Room]] = []
 
-    def make() -> Pixels:
+    def make(name: str) -> Pixels:
         room = Room()
         held.append(weakref.ref(room))
         raise Corrupt("it ends early")
 
-    cache = TileCache(10**6)
+    cache = TileCache[str](10**6)
     for _ in range(2):
-        with pytest.raises(Corrupt, match="it ends early"):
-            cache.get("a", make)
+        (tile,) = cache.get(["a"], make)
+        assert isinstance(tile, Corrupt)
+        assert str(tile) == "it ends early"
     assert len(held) == 1
     gc.collect()
     assert held[0]() is None
@@ -550,7 +589,7 @@ def test_bytes_fetched_twice_at_once_count_once(tmp_path: Path) -> None:
     window = [(0, Box(0, 0, 64, 256), 1)]
     with open_slide(path) as slide:
         reader = reader_of(slide)
-        reader._cache = TileCache(1)
+        reader._cache = TileCache[tuple[int, int, int]](1)
         beside = [window]
 
         def pread(descriptor: int, count: int, place: int) -> bytes:

@@ -38,12 +38,11 @@ FRAME_BYTES = 10  # of a JPEG's frame header, up to the number of components
 END_OF_IMAGE = b"\xff\xd9"
 SCALED = (2, 4, 8)  # factors at which libjpeg's inverse DCT can give a smaller picture
 
-SPACES = {
-    RGB: imagecodecs.JPEG8.CS.RGB,
-    YCBCR: imagecodecs.JPEG8.CS.YCbCr,
-    WHITE_IS_ZERO: imagecodecs.JPEG8.CS.GRAYSCALE,
-    BLACK_IS_ZERO: imagecodecs.JPEG8.CS.GRAYSCALE,
-}
+# As plain numbers: from its enumeration imagecodecs takes a colour space in longer than from these.
+GREY, OF_THREE, OF_FOUR = (
+    int(space) for space in (imagecodecs.JPEG8.CS.GRAYSCALE, imagecodecs.JPEG8.CS.RGB, imagecodecs.JPEG8.CS.EXT_RGBX)
+)
+SPACES = {RGB: OF_THREE, YCBCR: int(imagecodecs.JPEG8.CS.YCbCr), WHITE_IS_ZERO: GREY, BLACK_IS_ZERO: GREY}
 
 SHAPES_KEPT = 4
 # What libjpeg-turbo writes at a time, and where in it pixels begin; rows are multiples of 8 bytes, and so begin off it too.
@@ -86,7 +85,7 @@ class TileCodec:
         """(height, width, 3) uint8 RGB of a tile. Raises Corrupt."""
         self._check(data)
         if self.compression == JPEG and self.samples == 3:
-            return self._jpeg(data, imagecodecs.JPEG8.CS.RGB, empty_pixels((*self.shape, 3)))
+            return self._jpeg(data, OF_THREE, empty_pixels((*self.shape, 3)))
         try:
             pixels = np.asarray(DECODERS[self.compression](self, bytes(data)))
         except (RuntimeError, ValueError) as error:  # each codec of imagecodecs has a RuntimeError of its own
@@ -107,7 +106,7 @@ class TileCodec:
             # Four bytes a pixel are what Pillow computes on, so it takes them where they lie (three it would copy), and what
             # both JPEG and OpenCV are quickest with.
             self._check(data)
-            four = self._jpeg(data, imagecodecs.JPEG8.CS.EXT_RGBX, _four_bytes(self.shape))
+            four = self._jpeg(data, OF_FOUR, _four_bytes(self.shape))
             if factor == 2 and cv2 is not None:
                 # Into arrays that are there: OpenCV takes a third of the time more where it makes its own.
                 half, pixels = _four_bytes((h // 2, w // 2)), np.empty((h // 2, w // 2, 3), np.uint8)
@@ -137,7 +136,7 @@ class TileCodec:
 
     def _check(self, data: Data) -> None:
         """Refuse a tile whose own header claims another size: a decoder would believe it and ask for the memory."""
-        if self.compression not in SIZES or (self._seen and data[: len(self._seen[0])] == self._seen[0]):
+        if self.compression not in SIZES or (self._seen and bytes(data[: len(self._seen[0])]) == self._seen[0]):
             return
         claimed = self._claim(data)
         if claimed[:2] != self.shape or (len(claimed) > 2 and claimed[2] != self.samples):
@@ -260,7 +259,7 @@ def _lzw(codec: TileCodec, data: bytes) -> Pixels:
 
 
 def _grey_jpeg(codec: TileCodec, data: bytes) -> Pixels:
-    return codec._jpeg(data, imagecodecs.JPEG8.CS.GRAYSCALE, np.empty(codec.shape, np.uint8))
+    return codec._jpeg(data, GREY, np.empty(codec.shape, np.uint8))
 
 
 def _jpeg2000(codec: TileCodec, data: bytes) -> Pixels:

@@ -7,6 +7,7 @@ fetched in one read.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -97,7 +98,7 @@ class DirectReader:
         self._pread = pread
         # Let go, not closed: it is closed when the last thread that reads from it is out.
         self._file: _File | None = _File(path)
-        self._cache = TileCache(min(CACHE_BYTES, cache_bytes))
+        self._cache = TileCache[tuple[int, int, int]](min(CACHE_BYTES, cache_bytes))
         self._most_cached = cache_bytes
         self._lock = threading.Lock()
         self._fetched: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
@@ -132,22 +133,29 @@ class DirectReader:
 
     def _assembled(self, level: int, box: Box, factor: int) -> tuple[Pixels, list[Box]]:
         """`box`, in pixels of the level reduced by `factor`, from the tiles under it; what the file lacks is white, listed."""
-        file, source = self._open(), self._levels[level]
+        decode, source = functools.partial(self._decode, self._open()), self._levels[level]
         height, width = source.codec.shape[0] // factor, source.codec.shape[1] // factor
         pixels, missing = np.empty((*box.shape, 3), np.uint8), []
-        # In plain numbers: this loop runs for every tile under every window.
+        # In plain numbers, and what all rows share made once: this loop runs for every tile under every window.
+        columns = []
+        for col in range(box.x // width, -(-box.x1 // width)):
+            x, x1 = max(col * width, box.x), min((col + 1) * width, box.x1)
+            columns.append((col, slice(x - box.x, x1 - box.x), slice(x - col * width, x1 - col * width)))
         for row in range(box.y // height, -(-box.y1 // height)):
             y, y1 = max(row * height, box.y), min((row + 1) * height, box.y1)
-            for col in range(box.x // width, -(-box.x1 // width)):
-                x, x1 = max(col * width, box.x), min((col + 1) * width, box.x1)
-                part = pixels[y - box.y : y1 - box.y, x - box.x : x1 - box.x]
-                index = row * source.across + col
-                if not source.sizes[index]:
-                    part[...] = WHITE
-                    missing.append(Box(y, x, y1 - y, x1 - x))
+            to, of, first = slice(y - box.y, y1 - box.y), slice(y - row * height, y1 - row * height), row * source.across
+            stored = []
+            for column in columns:
+                if source.stored[first + column[0]]:
+                    stored.append(column)
                     continue
-                tile = self._tile(file, level, index, factor)
-                part[...] = tile[y - row * height : y1 - row * height, x - col * width : x1 - col * width]
+                pixels[to, column[1]] = WHITE
+                missing.append(Box(y, box.x + column[1].start, y1 - y, column[1].stop - column[1].start))
+            tiles = self._cache.get([(level, first + col, factor) for col, _, _ in stored], decode)
+            for (col, to_x, of_x), tile in zip(stored, tiles, strict=True):
+                if isinstance(tile, Corrupt):
+                    raise self._corrupt(level, first + col, tile)
+                pixels[to, to_x] = tile[of, of_x]
         return pixels, missing
 
     def scales(self, level: int, factor: int) -> bool:
@@ -162,7 +170,7 @@ class DirectReader:
             level = self._levels[number]
             for index in level.under(box, factor):
                 tile = (number, index)
-                if level.sizes[index] and tile not in wanted and (number, index, factor) not in self._cache:
+                if level.stored[index] and tile not in wanted and (number, index, factor) not in self._cache:
                     wanted[tile] = int(level.places[index]), int(level.sizes[index])
         with self._lock:
             missing = sorted((*span, tile) for tile, span in wanted.items() if tile not in self._fetched)
@@ -187,7 +195,7 @@ class DirectReader:
     def blank(self, level: int, box: Box) -> bool:
         """Whether the file holds none of the tiles under `box`."""
         source = self._levels[level]
-        return not any(source.sizes[index] for index in source.under(box, 1))
+        return not any(source.stored[index] for index in source.under(box, 1))
 
     @property
     def slow(self) -> bool:
@@ -221,14 +229,13 @@ class DirectReader:
             raise UsageError("the slide is closed; open it again")
         return self._file
 
-    def _tile(self, file: _File, level: int, index: int, factor: int) -> Pixels:
-        try:
-            return self._cache.get((level, index, factor), lambda: self._decode(file, level, index, factor))
-        except Corrupt as error:
-            message = f"{self._name}: tile {index} of level {level} cannot be decoded: {error}; copy the slide from its source"
-            raise SlideError(Reason.CORRUPT_TILES, message) from error
+    def _corrupt(self, level: int, index: int, why: Corrupt) -> SlideError:
+        message = f"{self._name}: tile {index} of level {level} cannot be decoded: {why}; copy the slide from its source"
+        return SlideError(Reason.CORRUPT_TILES, message)
 
-    def _decode(self, file: _File, level: int, index: int, factor: int) -> Pixels:
+    def _decode(self, file: _File, name: tuple[int, int, int]) -> Pixels:
+        """The tile called (level, index, factor). Raises Corrupt."""
+        level, index, factor = name
         source = self._levels[level]
         with self._lock:
             fetched = self._fetched.pop((level, index), None)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from pathology.readers.codecs import Corrupt, Pixels
 
+Name = TypeVar("Name", bound=Hashable)
 
-class TileCache:
+
+class TileCache(Generic[Name]):
     """The tiles used last, `limit_bytes` of them at most. That one is corrupt is kept as well.
 
     The limit should be what is needed and no more: memory that was written to lately is quicker to write to again.
@@ -25,50 +28,73 @@ class TileCache:
         self._bytes = 0
         self._lock = threading.Lock()
         self._made = threading.Condition(self._lock)
-        self._waiting = 0  # threads that wait for a tile which another makes
-        self._kept: OrderedDict[Hashable, Pixels | Corrupt] = OrderedDict()
-        self._making: set[Hashable] = set()
+        self._waiting = 0  # threads that wait for tiles which others make
+        self._kept: OrderedDict[Name, Pixels | Corrupt] = OrderedDict()
+        self._making: set[Name] = set()
 
-    def __contains__(self, name: Hashable) -> bool:
+    def __contains__(self, name: Name) -> bool:
         """Whether the tile is kept or being made."""
         with self._lock:
             return name in self._kept or name in self._making
 
-    def get(self, name: Hashable, make: Callable[[], Pixels]) -> Pixels:
-        """The tile called `name`, by `make` if it is not kept. Raises what `make` raises; Corrupt again and again."""
-        with self._lock:
-            while (kept := self._kept.get(name)) is None and name in self._making:
-                self._waiting += 1
-                self._made.wait()  # then look again: it may be forgotten already
-                self._waiting -= 1
-            if kept is None:
-                self._making.add(name)
-            else:
-                self._kept.move_to_end(name)
-        if kept is None:
-            kept = self._make(name, make)
-        if isinstance(kept, Corrupt):
-            raise Corrupt(str(kept))
-        return kept
+    def get(self, names: Sequence[Name], make: Callable[[Name], Pixels]) -> list[Pixels | Corrupt]:
+        """The tiles called `names`, in order: by `make` those that are neither kept nor being made for another thread.
 
-    def _make(self, name: Hashable, make: Callable[[], Pixels]) -> Pixels | Corrupt:
-        kept: Pixels | Corrupt | None = None
-        try:
-            kept = make()
-        except Corrupt as error:
-            kept = Corrupt(str(error))  # without its traceback, which holds the frames that decoded, and their pixels
-        finally:
-            with self._lock:
-                self._making.remove(name)
-                if kept is not None:
-                    self._kept[name] = kept
-                    self._bytes += _size(kept)
-                while self._bytes > self.limit_bytes and len(self._kept) > 1:
-                    _, dropped = self._kept.popitem(last=False)
-                    self._bytes -= _size(dropped)
-                if self._waiting:
+        Corrupt in place of one for which `make` raised it, now or before. Raises what else `make` raises.
+        """
+        found: dict[Name, Pixels | Corrupt] = {}
+        while missing := [name for name in names if name not in found]:
+            claimed = self._claim(missing, found)
+            try:
+                for name in claimed:
+                    found[name] = self._keep(name, _made(name, make))
+            except BaseException:
+                with self._lock:
+                    self._making.difference_update(name for name in claimed if name not in found)
                     self._made.notify_all()
-        return kept
+                raise
+        return [found[name] for name in names]
+
+    def _claim(self, names: Sequence[Name], found: dict[Name, Pixels | Corrupt]) -> list[Name]:
+        """Put what is kept into `found`; what this thread has to make. Waits where it is neither, but others make it."""
+        claimed: list[Name] = []
+        with self._lock:
+            while not claimed:
+                before = len(found)
+                for name in names:
+                    kept = self._kept.get(name)
+                    if kept is not None:
+                        self._kept.move_to_end(name)
+                        found[name] = kept
+                    elif name not in self._making:
+                        self._making.add(name)
+                        claimed.append(name)
+                if len(found) > before:
+                    break
+                if not claimed:
+                    self._waiting += 1
+                    self._made.wait()  # then look again: it may be forgotten already
+                    self._waiting -= 1
+        return claimed
+
+    def _keep(self, name: Name, tile: Pixels | Corrupt) -> Pixels | Corrupt:
+        with self._lock:
+            self._making.remove(name)
+            self._kept[name] = tile
+            self._bytes += _size(tile)
+            while self._bytes > self.limit_bytes and len(self._kept) > 1:
+                _, dropped = self._kept.popitem(last=False)
+                self._bytes -= _size(dropped)
+            if self._waiting:
+                self._made.notify_all()
+        return tile
+
+
+def _made(name: Name, make: Callable[[Name], Pixels]) -> Pixels | Corrupt:
+    try:
+        return make(name)
+    except Corrupt as error:
+        return Corrupt(str(error))  # without its traceback, which holds the frames that decoded, and their pixels
 
 
 def _size(kept: Pixels | Corrupt) -> int:

@@ -37,14 +37,15 @@ class TiledLevel:
     """Where one level's tiles lie: `places` and `sizes` (n,) int64 in row-major order, 0 where the file has no such tile.
 
     across  tiles in a row
+    stored  (n,) 1 where the file has the tile, else 0: the same as `sizes`, quicker to look up one by one
     """
 
     shape: tuple[int, int]
     places: NDArray[np.int64]
     sizes: NDArray[np.int64]
     codec: TileCodec
-
     across: int
+    stored: bytes
 
     def under(self, box: Box, factor: int) -> Iterator[int]:
         """Indices of the tiles that touch `box`, which is in pixels of the level reduced by `factor`."""
@@ -75,21 +76,16 @@ def tiled_levels(file: SlideFile, opened: Opened | None) -> tuple[tuple[TiledLev
                 codec = _codec(page)
                 if isinstance(codec, str):
                     return codec
-                level = TiledLevel(
-                    (page.imagelength, page.imagewidth),
-                    np.array(page.dataoffsets, np.int64),
-                    np.array(page.databytecounts, np.int64),
-                    codec,
-                    -(-page.imagewidth // codec.shape[1]),
-                )
-                tiles = level.across * -(-level.shape[0] // codec.shape[0])
-                if not len(level.places) == len(level.sizes) == tiles:
-                    return f"a level names {len(level.places)} tiles where {tiles} are due"
-                level.sizes[level.places == 0] = 0
-                ends = file.size - level.sizes  # not places + sizes, which may be too large a number
-                if (level.sizes < 0).any() or ((level.sizes > 0) & ((level.places < 0) | (level.places > ends))).any():
+                shape, across = (page.imagelength, page.imagewidth), -(-page.imagewidth // codec.shape[1])
+                places, sizes = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+                tiles = across * -(-shape[0] // codec.shape[0])
+                if not len(places) == len(sizes) == tiles:
+                    return f"a level names {len(places)} tiles where {tiles} are due"
+                sizes[places == 0] = 0
+                ends = file.size - sizes  # not places + sizes, which may be too large a number
+                if (sizes < 0).any() or ((sizes > 0) & ((places < 0) | (places > ends))).any():
                     return "a level has tiles beyond the end of the file"
-                levels.append(level)
+                levels.append(TiledLevel(shape, places, sizes, codec, across, (sizes > 0).tobytes()))
     except NOT_UNDERSTOOD as error:
         return f"tifffile does not understand it ({one_line(error)})"
     return tuple(levels), ome
