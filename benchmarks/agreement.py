@@ -1,6 +1,6 @@
 """How far bf16 is from fp32, on a real network with a fitted head, through the whole command: docs/precision.md.
 
-    python benchmarks/agreement.py          about twenty minutes on two cores
+    python benchmarks/agreement.py          about ten minutes on two cores
 
 The head is a logistic regression on EfficientNet-Lite0's features, fitted once in float64 and the same for both precisions.
 Promise: what is compared differs in --precision alone; equal libraries and CPU give equal figures.
@@ -31,7 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from real_slides import cmu_small_region, lite0_wheel  # noqa: E402  # the paths above come first
 
 from pathology import open_features  # noqa: E402
+from pathology.decide import DOUBT  # noqa: E402
 from pathology.export.table import TileTable, read_parquet  # noqa: E402
+from pathology.job import key_of  # noqa: E402
 from pathology.models.card import CARD  # noqa: E402
 from sample_data.generate import make_slide  # noqa: E402
 
@@ -40,16 +42,20 @@ Bools = NDArray[np.bool_]
 SAMPLE, TRUTH = ROOT / "sample_data/sample.svs", ROOT / "sample_data/sample.geojson"
 FIT_SIZE, FIT_SEED = 4000, 2  # of the slide that the sample's head is fitted to
 OVERLAP, MIN_TISSUE = 0.75, 0.25
-PRECISIONS = ("fp32", "bf16")
+ALONE = "bf16 alone"  # in the title of a comparison with what the network says in bf16, nothing decided
 STRENGTH = 0.01  # of the data against the head's L2 penalty: features are a thousand, tiles as many
 MASK_PX = 8  # level-0 px in a pixel of the planted region's mask
 MOST_FLIPS, MOST_AREA = 0.001, 0.005
 
-HEADER = """# Precision: bf16 beside fp32
+HEADER = f"""# Precision: bf16 beside fp32
 
-`python benchmarks/agreement.py` writes this page. EfficientNet-Lite0 with a linear head (sigmoid, threshold 0.5) is run twice
-over each slide by `pathology run`, with `--precision fp32` and `--precision bf16`, tiles of 224 px at 0.5 um overlapping by
-three quarters. The head is fitted once and is the same in both.
+A tile whose probability in bf16 lies within {DOUBT["bf16"]} of a threshold is computed again in fp32, which decides its class
+([concepts.md](concepts.md#what-a-network-computes-in), [why](decisions/0013-doubtful-tiles.md)).
+
+`python benchmarks/agreement.py` writes this page. EfficientNet-Lite0 with a linear head (sigmoid, threshold 0.5) is run over
+each slide by `pathology run`, with `--precision fp32` and `--precision bf16`, tiles of 224 px at 0.5 um overlapping by three
+quarters; and, to compare, as *{ALONE}*: with a card that allows nothing else, so that no tile is decided in fp32. The head is
+fitted once and is the same in all.
 
 - *sample*: the synthetic slide of `sample_data`, class "planted region"; the head was fitted to a slide of another seed. A tile
   belongs to the region if its centre does.
@@ -59,20 +65,23 @@ three quarters. The head is fitted once and is the same in both.
 
 A tile flips if it is on one side of the threshold in fp32 and on the other in bf16. Area is that of all tiles at or above it.
 
-Where the difference comes from, on the real slide's tiles and with one thing rounded at a time (tried once, mean difference of
-a score): weights of depthwise convolutions 0.0039, weights of all others 0.0020, activations 0.0023, all of it 0.0052. Mean and
-head in fp32 change nothing, and norms folded before rounding make it 0.0058: networks without depthwise convolutions can be
-expected to lose less. A card's `precisions` says what a model may be run in; where bf16 is not among them, auto takes another.
+Where the difference of bf16 comes from, on the real slide's tiles and with one thing rounded at a time (tried once, mean
+difference of a score): weights of depthwise convolutions 0.0039, weights of all others 0.0020, activations 0.0023, all of it
+0.0052. Mean and head in fp32 change nothing, and norms folded before rounding make it 0.0058: networks without depthwise
+convolutions can be expected to lose less. A card's `precisions` says what a model may be run in; where bf16 is not among them,
+auto takes another.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A slide with a model, and which of its tiles are of the class; AUC is of those in `judged`."""
+    """A slide with a model, the same with a card that allows bf16 only, and which tiles are of the class; AUC is of those in
+    `judged`."""
 
     name: str
     slide: Path
     model: Path
+    alone: Path
     truth: Bools
     judged: Bools
 
@@ -83,6 +92,7 @@ class Agreement:
 
     nearest  how far from the threshold, in fp32, the tiles that flipped are at most; 0 where none did
     within   tiles that are as near to the threshold as the largest difference
+    decided  tiles that were computed in fp32 because bf16 left them in doubt
     """
 
     tiles: int
@@ -93,10 +103,16 @@ class Agreement:
     area: tuple[int, int]
     nearest: float
     within: int
+    decided: int
 
 
 def agreement(
-    fp32: NDArray[np.float64], other: NDArray[np.float64], truth: Bools, judged: Bools, threshold: float = 0.5
+    fp32: NDArray[np.float64],
+    other: NDArray[np.float64],
+    truth: Bools,
+    judged: Bools,
+    threshold: float = 0.5,
+    decided: int = 0,
 ) -> Agreement:
     """What `other` scores (n,) are beside those of `fp32`, for `truth` (n,) in those tiles that are `judged`."""
     differences = np.abs(fp32 - other)
@@ -111,6 +127,7 @@ def agreement(
         (int(before.sum()), int(after.sum())),
         float(distance[flipped].max(initial=0.0)),
         int((distance <= differences.max()).sum()),
+        decided,
     )
 
 
@@ -119,6 +136,7 @@ def page(found: dict[str, Agreement], machine: str) -> str:
     lines += ["| | " + " | ".join(found) + " |", "|---|" + "---:|" * len(found)]
     rows = (
         ("tiles", [f"{a.tiles}" for a in found.values()]),
+        ("of them decided in fp32", [f"{a.decided} ({a.decided / a.tiles:.1%})" for a in found.values()]),
         ("largest difference of a score", [f"{a.largest:.4f}" for a in found.values()]),
         ("mean difference", [f"{a.mean:.5f}" for a in found.values()]),
         ("AUC, fp32", [f"{a.auc[0]:.5f}" for a in found.values()]),
@@ -131,7 +149,7 @@ def page(found: dict[str, Agreement], machine: str) -> str:
         ("tiles no farther from it than the largest difference", [f"{a.within}" for a in found.values()]),
     )
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows]
-    lines += ["", *(f"- {name}: {verdict(a)}" for name, a in found.items())]
+    lines += ["", *(f"- {name}: {verdict(a)}" for name, a in found.items() if not name.endswith(ALONE))]
     return "\n".join(lines) + "\n"
 
 
@@ -165,7 +183,14 @@ def fit(vectors: NDArray[np.float32], truth: Bools) -> tuple[NDArray[np.float64]
     return weights, float(head.intercept_[0] - (weights * mean).sum())
 
 
-def with_head(features: Path, folder: Path, name: str, weights: NDArray[np.float64], bias: float) -> Path:
+def with_head(
+    features: Path,
+    folder: Path,
+    name: str,
+    weights: NDArray[np.float64],
+    bias: float,
+    precisions: tuple[str, ...] = ("fp32", "bf16"),
+) -> Path:
     """A model folder: the network of the folder `features`, with a head of one class."""
     from safetensors.numpy import load_file, save
 
@@ -176,7 +201,7 @@ def with_head(features: Path, folder: Path, name: str, weights: NDArray[np.float
     (made / "weights.safetensors").write_bytes(data)
     (made / CARD).write_text(f"""schema = 1
 name = "{name}"
-precisions = ["fp32", "bf16"]
+precisions = {json.dumps(precisions)}
 [weights]
 format = "safetensors"
 file = "weights.safetensors"
@@ -219,7 +244,7 @@ class Runs:
 
     def run(self, slide: Path, model: Path | str, precision: str = "fp32") -> Path:
         """The folder of the result."""
-        out = self.folder / f"{slide.stem}-{Path(model).name}-{precision}"
+        out = self.folder / f"{slide.stem}-{key_of({'model': str(model)})[:8]}-{precision}"
         tiles = ("--overlap", OVERLAP, "--min-tissue", MIN_TISSUE)
         self.call("run", slide, "--model", model, "--out", out, "--precision", precision, "--device", "cpu", *tiles)
         (found,) = out.glob("slides/*/*/result.json")
@@ -227,6 +252,12 @@ class Runs:
 
     def table(self, slide: Path, model: Path | str, precision: str = "fp32") -> TileTable:
         return read_parquet(self.run(slide, model, precision) / "tiles.parquet")
+
+    def scores(self, slide: Path, model: Path, precision: str) -> tuple[NDArray[np.float64], int]:
+        """(n,) scores of the model's one class, and how many of them were decided in fp32."""
+        folder = self.run(slide, model, precision)
+        scores = read_parquet(folder / "tiles.parquet").scores[:, 0].astype(np.float64)
+        return scores, json.loads((folder / "result.json").read_text()).get("decided", 0)
 
     def vectors(self, slide: Path) -> NDArray[np.float32]:
         return np.asarray(open_features(self.run(slide, self.features)).vectors[:], np.float32)
@@ -246,18 +277,24 @@ def planted(table: TileTable, size: int, corners: list[tuple[float, float]]) -> 
     return inside
 
 
+def both_cards(runs: Runs, name: str, weights: NDArray[np.float64], bias: float) -> tuple[Path, Path]:
+    """The model as it is, and with a card that allows bf16 only."""
+    alone = with_head(runs.features, runs.folder / "alone", name, weights, bias, ("bf16",))
+    return with_head(runs.features, runs.folder, name, weights, bias), alone
+
+
 def sample(runs: Runs) -> Case:
     other = runs.folder / "other.svs"
     drawn = make_slide(other, FIT_SIZE, FIT_SEED)
     vectors, seen = runs.vectors(other), read_parquet(runs.run(other, runs.features) / "tiles.parquet")
     corners = [(float(y), float(x)) for y, x in drawn.region]
     head = fit(vectors, planted(seen, FIT_SIZE, corners))
-    model = with_head(runs.features, runs.folder, "planted", *head)
+    model, alone = both_cards(runs, "planted", *head)
     region = next(f for f in json.loads(TRUTH.read_text())["features"] if f["geometry"]["type"] == "Polygon")
     (ring,) = region["geometry"]["coordinates"]
     tiles = runs.table(SAMPLE, model)
     truth = planted(tiles, 4000, [(y, x) for x, y in ring])
-    return Case("sample", SAMPLE, model, truth, np.ones(len(tiles), np.bool_))
+    return Case("sample", SAMPLE, model, alone, truth, np.ones(len(tiles), np.bool_))
 
 
 def real(runs: Runs) -> Case:
@@ -266,8 +303,8 @@ def real(runs: Runs) -> Case:
     truth = tiles.scores[:, 0] >= np.quantile(tiles.scores[:, 0], 0.75)
     middle = centres(tiles)[:, 0]
     upper = middle < middle.mean()
-    model = with_head(runs.features, runs.folder, "dense-nuclei", *fit(runs.vectors(slide)[upper], truth[upper]))
-    return Case("real", slide, model, truth, ~upper)
+    model, alone = both_cards(runs, "dense-nuclei", *fit(runs.vectors(slide)[upper], truth[upper]))
+    return Case("real", slide, model, alone, truth, ~upper)
 
 
 def machine() -> str:
@@ -282,9 +319,11 @@ def main() -> None:
         found = {}
         for make in (sample, real):
             case = make(runs)
-            fp32, bf16 = (runs.table(case.slide, case.model, p).scores[:, 0].astype(np.float64) for p in PRECISIONS)
-            found[case.name] = agreement(fp32, bf16, case.truth, case.judged)
-            print(case.name, found[case.name], flush=True)
+            fp32, _ = runs.scores(case.slide, case.model, "fp32")
+            for title, model in ((case.name, case.model), (f"{case.name}, {ALONE}", case.alone)):
+                bf16, decided = runs.scores(case.slide, model, "bf16")
+                found[title] = agreement(fp32, bf16, case.truth, case.judged, decided=decided)
+                print(title, found[title], flush=True)
     (ROOT / "docs" / "precision.md").write_text(page(found, machine()))
 
 

@@ -6,7 +6,7 @@ run-begin     a driver's: {jobs, slides, models, device}; all slides' ids with a
 slide-open    a process opens a slide and plans it: {slide, model}, as in all that follow
 slide-begin   it did: {regions, todo, tiles}, the last two of what is left
 region-start  {region}
-region-done   {region, tiles, bad_tiles, seconds, began, process, halved_to, stages}
+region-done   {region, tiles, bad_tiles, decided, seconds, began, process, halved_to, stages}
 slide-finish  a process writes the slide's result
 slide-done    it did: {status, reason}
 slide-kept    the driver found how it ended in an earlier run: {status, reason}

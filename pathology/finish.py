@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from pathology.clock import covered, total
+from pathology.decide import doubt
 from pathology.durable import make_folders, output_faults, sync_folder, sync_tree, write_file
 from pathology.errors import Reason, SlideError, UsageError, one_line
 from pathology.job import Job
@@ -213,6 +214,7 @@ def _record(
         "environments": environments,
         "batch_size": job.batch_size,
         "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
+        **({"decided": sum(c.get("decided", 0) for c in counts)} if doubt(job, spec) else {}),
         "columns": dict(job.columns),
         "job": job.asked(),
         "finished": time.time(),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathology.clock import timed
+from pathology.decide import doubtful
 from pathology.detections import objects_of
 from pathology.errors import Reason, SlideError
 from pathology.model import DetectionRule, ModelSpec
@@ -21,6 +23,21 @@ Tile = tuple[int, int]
 Read = Callable[[NDArray[np.int32]], Iterator[NDArray[np.uint8] | None]]
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """How tiles are computed that a network in half precision leaves in doubt.
+
+    read, predict  as for `infer_region`, the latter in float32
+    doubt          the distance from a threshold, see `decide.doubtful`
+    on_doubt       told how many they are
+    """
+
+    read: Read
+    predict: Predict
+    doubt: float
+    on_doubt: Callable[[int], None]
+
+
 def infer_region(
     read: Read,
     spec: ModelSpec,
@@ -28,16 +45,19 @@ def infer_region(
     region: Region,
     predict: Predict,
     on_bad: Callable[[Tile], None],
+    again: Again | None = None,
 ) -> Generator[NDArray[np.float32], None, None]:
     """The rows of `region.box` as `stitch.bands` cuts them: (C, h, W) float32 scores, NaN where no tile fell.
 
     read    gives the pixels of tiles (row, col), in order, as `read_tiles` does; None for one that cannot be decoded
     on_bad  told of each such tile (row, col). It goes to no model and leaves nothing on the canvas
+    again   by which doubtful tiles of a classifier are decided; None: they stand
 
     Raises SlideError(BAD_SCORES) where the model answers NaN or infinity: it must not spread into its neighbours.
     """
     canvas = Canvas(region.box, spec.channels, blend_window(spec.output_px, plan.blend, spec.margin_px))
-    for (row, col), scores in _answers(read, spec, region, predict, on_bad):
+    answers = _answers(read, spec, region.tiles, predict, on_bad)
+    for (row, col), scores in answers if again is None else _decided(answers, spec, again, on_bad):
         y, x = row * plan.h_stride, col * plan.h_stride
         yield from _timed(canvas.final(y))
         with timed("stitch"):
@@ -59,20 +79,35 @@ def detect_region(
     Parameters and errors are those of `infer_region`.
     """
     found = [np.empty((0, 5 + 2 * rule.vertices))]
-    for tile, answer in _answers(read, spec, region, predict, on_bad):
+    for tile, answer in _answers(read, spec, region.tiles, predict, on_bad):
         with timed("stitch"):
             found.append(objects_of(answer, spec, rule, plan.grid, tile, region.box).to_rows())
     return np.concatenate(found)
 
 
-def _answers(
-    read: Read, spec: ModelSpec, region: Region, predict: Predict, on_bad: Callable[[Tile], None]
+def _decided(
+    answers: Iterator[tuple[Tile, NDArray[np.float32]]], spec: ModelSpec, again: Again, on_bad: Callable[[Tile], None]
 ) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
-    """(row, col) and answer of each of the region's tiles that can be read, in row-major order."""
+    """`answers` (a number a class, so a region's are few), in their order; of doubtful tiles what `again` gives."""
+    first = list(answers)
+    tiles = [tile for tile, scores in first if doubtful(scores.reshape(-1), spec.threshold, again.doubt)]
+    again.on_doubt(len(tiles))
+    wanted = np.array(tiles, np.int32).reshape(-1, 2)
+    decided = dict(_answers(again.read, spec, wanted, again.predict, on_bad)) if tiles else {}
+    if len(decided) < len(tiles):
+        raise SlideError(Reason.READ_ERROR, "a tile could be read once, and not a second time; run the same again")
+    for tile, scores in first:
+        yield tile, decided.get(tile, scores)
+
+
+def _answers(
+    read: Read, spec: ModelSpec, tiles: NDArray[np.int32], predict: Predict, on_bad: Callable[[Tile], None]
+) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
+    """(row, col) and answer of each of the tiles that can be read, in their order."""
     asked: deque[Tile] = deque()  # tiles that the model was given and has not answered: it takes them ahead
 
     def readable() -> Iterator[NDArray[np.uint8]]:
-        for (row, col), tile in zip(region.tiles.tolist(), read(region.tiles), strict=True):
+        for (row, col), tile in zip(tiles.tolist(), read(tiles), strict=True):
             if tile is None:
                 on_bad((row, col))
                 continue

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.areas import file_sha256, read_tissue, within
+from pathology.decide import doubt
 from pathology.encoding import choose_encoding
 from pathology.errors import SlideError
 from pathology.faults import share_fault
@@ -189,6 +190,7 @@ def key_fields(job: Job, slide: Slide, spec: ModelSpec) -> dict[str, Any]:
         "blend": job.blend if spec.output == "map" else "none",
         "precision": job.precision,
         "compile": job.compile,
+        **({"doubt": width} if (width := doubt(job, spec)) else {}),
         **({} if dtype == "float32" else {"heatmap_dtype": dtype}),
         # The stains themselves follow from what is above and from how they are fitted.
         **({"stain": f"{spec.stain} {STAIN_VERSION}"} if spec.stain else {}),

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from pathology import decide
 from pathology.batches import STRIP_PX, chunk_tiles, tiles_ahead
 from pathology.device import set_threads
 from pathology.errors import ModelError
 from pathology.job import Job
 from pathology.model import ModelSpec
-from pathology.models import load_model
+from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
 from pathology.models.pool import pooled
 from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
@@ -55,8 +56,9 @@ def _own_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
     for job in jobs:
         if job.threads:
             set_threads(job.threads)
-        models.append(pooled(load_model(job.model, job.device, job.precision, job.compile), job.heatmap_mpp))
-        warm_up(models[-1], job.batch_size)
+        for needed in decide.models(job, load_spec(job.model)):
+            models.append(pooled(load_model(job.model, job.device, needed.precision, needed.compile), job.heatmap_mpp))
+            warm_up(models[-1], needed.batch_size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -69,6 +71,7 @@ def run_bound(planned: Sequence[tuple[Plan, ModelSpec, Job]], model_peak: int, r
     plans = [(plan, spec, job.batch_size) for plan, spec, job in planned]
     regions = min(REGIONS_AT_ONCE, max(len(plan.regions) for plan, _, _ in plans))
     buffers = memory_bound(plans, readers=readers, regions=regions)
+    buffers += sum(decide.exact(j).batch_size * slot_bytes(spec, regions) for _, spec, j in planned if decide.doubt(j, spec))
     # A batch of `model_peak` is among those in `buffers`; of which model it is, is not known.
     tried = min(batch_size * (_tile_bytes(spec) + _answer_bytes(spec)) for _, spec, batch_size in plans)
     cache = min(CACHE_BYTES, job.memory // CACHE_SHARE)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pathology import job_slide, slide_worker
+from pathology import decide, job_slide, slide_worker
 from pathology.batch_size import choose_batch
 from pathology.batches import Pixels, read_tiles
 from pathology.beside import asked, asker, read_beside
@@ -31,7 +31,7 @@ from pathology.device import environment, poisoned, set_threads
 from pathology.durable import make_folders, write_once
 from pathology.errors import Reason, SlideError, first_line
 from pathology.events import emit
-from pathology.infer import Tile, detect_region, infer_region
+from pathology.infer import Again, Tile, detect_region, infer_region
 from pathology.job import Job, key_of
 from pathology.model import ModelSpec
 from pathology.models import load_model
@@ -67,9 +67,10 @@ def model_of(job: Job) -> tuple[object, ...]:
 
 def check_model(job: Job) -> ModelSpec:
     """Load the job's model, run it once, and return its card. Raises ModelError."""
-    model = _model(job)
-    warm_up(model, _at_once(job, model.spec))
-    return model.spec
+    spec = _model(job).spec
+    for needed in decide.models(job, spec):
+        warm_up(_model(needed), _at_once(needed, spec))
+    return spec
 
 
 def find_batch_size(job: Job, processes: int = 1) -> int:
@@ -163,7 +164,7 @@ def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A region about to be inferred. `answered`: what its model had answered before, by the size of its calls."""
+    """A region about to be inferred. `answered`: of each model it takes, the batches before it, by the size of their calls."""
 
     job: Job
     spec: ModelSpec
@@ -172,12 +173,12 @@ class _Begun:
     region: Region
     clock: Clock
     began: float
-    answered: Counter[int]  # batches by their sizes, before it
+    answered: dict[Job, Counter[int]]
 
 
 def _begin(job: Job, index: int) -> _Begun:
-    model = _model(job)
-    spec, answered = model.spec, model.sizes.answered()
+    spec = _model(job).spec
+    answered = {needed: _model(needed).sizes.answered() for needed in decide.models(job, spec)}
     work, plan = slide_worker.open_work(job, asked(job_slide.key_fields_of))
     emit(Path(job.out), "region-start", {"slide": job.slide_id, "model": spec.name, "region": index})
     return _Begun(job, spec, work, plan, plan.regions[index], Clock(), time.time(), answered)
@@ -215,24 +216,26 @@ def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | 
     """Infer, stage and mark a region whose tiles come from `read`; how many there were."""
     job, spec, work, plan, region, clock = begun.job, begun.spec, begun.work, begun.plan, begun.region, begun.clock
     bad_tiles: list[Tile] = []
+    again, decided = _again(begun, in_order)
     on_bad = _refuse_bad if job.on_bad_tile == "fail" else bad_tiles.append
     # Closed whatever ends it: a region that is dropped half-way must not keep others waiting for its tiles.
     with closed_at_end(_predict(job, spec, in_order)) as predict, counting(clock):
         if spec.detections is not None:
             staged = work.stage_rows(region, detect_region(read, spec, spec.detections, plan, region, predict, on_bad))
         else:
-            with closing(infer_region(read, spec, plan, region, predict, on_bad)) as bands:
+            with closing(infer_region(read, spec, plan, region, predict, on_bad, again)) as bands:
                 staged = work.stage(region, bands)
     # Batches are shared with other regions: a size too many is told rather than one too few.
-    model = _model(job)
-    sizes = sorted(model.sizes.answered() - begun.answered, reverse=True) or [model.sizes.now(job.batch_size)]
+    halved = {size for needed in begun.answered for size in _sizes(begun, needed) if size < needed.batch_size}
+    sizes = sorted({*_sizes(begun, job), *halved}, reverse=True)
     counts = {
         "tiles": len(region.tiles),
         "bad_tiles": len(bad_tiles),
+        "decided": sum(decided),
         "seconds": round(time.time() - begun.began, 6),
         "began": begun.began,
         "process": os.getpid(),
-        "halved_to": sizes[-1] if sizes[-1] < job.batch_size else None,
+        "halved_to": min(halved, default=None),
         "stages": clock.seconds(),
     }
     # What was read may be of two files otherwise, and count when the first one is brought back.
@@ -241,6 +244,26 @@ def _infer(begun: _Begun, read: Callable[[NDArray[np.int32]], Iterator[Pixels | 
     what = {"slide": job.slide_id, "model": spec.name, "region": region.index}
     emit(Path(job.out), "region-done", {**what, **counts})
     return len(region.tiles)
+
+
+def _sizes(begun: _Begun, needed: Job) -> list[int]:
+    """Tiles of the calls by which a model answered since the region was begun; those of the next one where there were none."""
+    sizes = _model(needed).sizes
+    return sorted(sizes.answered() - begun.answered[needed]) or [sizes.now(needed.batch_size)]
+
+
+def _again(begun: _Begun, in_order: bool) -> tuple[Again | None, list[int]]:
+    """How the region's doubtful tiles are computed, None where none are; and where their number is put."""
+    job, spec = begun.job, begun.spec
+    decided: list[int] = []
+    if not (width := decide.doubt(job, spec)):
+        return None, decided
+
+    def predict(tiles: Iterable[Pixels]) -> Generator[NDArray[np.float32], None, None]:
+        with closed_at_end(_predict(decide.exact(job), spec, in_order)) as exactly:
+            yield from exactly(tiles)
+
+    return Again(_reading(begun, begun.clock, in_order), predict, width, decided.append), decided
 
 
 def _raise_device_fault(error: Exception, job: Job) -> None:

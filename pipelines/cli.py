@@ -55,7 +55,8 @@ from_recipe = recipe_option(lambda: main.commands["run"])
     type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
     default="fp32",
     show_default=True,
-    help="What torch networks compute in. auto: bf16 or fp16 on CUDA, fp32 elsewhere.",
+    help="What torch networks compute in. auto: bf16 or fp16 on CUDA, fp32 elsewhere. What they leave in doubt of classes is "
+    "computed again in fp32.",
 )
 @click.option("--compile", is_flag=True, help="Let torch compile networks: slower to start, other last bits.")
 @click.option(

@@ -78,6 +78,7 @@ ORDER = [
     "pathology.models.python",
     "pathology.models.wsinfer",
     "pathology.models",
+    "pathology.decide",
     "pathology.threads",
     "pathology.predictor",
     "pathology.batches",
