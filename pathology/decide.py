@@ -6,6 +6,7 @@ again follows from a tile's own scores, so a tile's result still depends on noth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ BATCH = 32
 def doubt(job: Job, spec: ModelSpec) -> float:
     """How near to a threshold the job's tiles are computed again; 0: none are, as where its card rules out fp32."""
     width = DOUBT.get(job.precision, 0.0) if spec.output == "classes" and spec.scores == "probability" else 0.0
-    return width if width and "fp32" in precisions(job.model) else 0.0
+    return width if width and _allows_fp32(job.model) else 0.0
 
 
 def exact(job: Job) -> Job:
@@ -39,6 +40,12 @@ def exact(job: Job) -> Job:
 def models(job: Job, spec: ModelSpec) -> tuple[Job, ...]:
     """The jobs that name all models which this one needs loaded."""
     return (job, exact(job)) if doubt(job, spec) else (job,)
+
+
+@functools.cache
+def _allows_fp32(model: str) -> bool:
+    """By its card, which like the model itself is read once a process."""
+    return "fp32" in precisions(model)
 
 
 def doubtful(scores: NDArray[np.float32], threshold: tuple[float, ...], width: float) -> bool:

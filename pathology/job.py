@@ -167,6 +167,8 @@ def key_of(fields: Mapping[str, Any]) -> str:
 def key_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The fields in which two keys differ, for people: "min_tissue 0.1 -> 0.5, ..."."""
     names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
+    if "precision" in names and "doubt" in names:
+        names.remove("doubt")  # which follows from it
     return ", ".join(f"{n} {_short(old.get(n))} -> {_short(new.get(n))}" for n in names)
 
 

@@ -117,7 +117,7 @@ def test_float32_is_in_small_batches_and_never_compiled(job: Job) -> None:
 def test_a_card_that_rules_out_fp32_has_nothing_decided(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_spec(job.model)
     assert doubt(job, spec) == WIDTH
-    monkeypatch.setattr("pathology.decide.precisions", lambda ref: ("bf16",))
+    monkeypatch.setattr("pathology.decide._allows_fp32", lambda ref: False)
     assert doubt(job, spec) == 0
     assert models(job, spec) == (job,)
 
