@@ -6,14 +6,17 @@ Promise: the card says what the plain script does: 224 px at 0.5 um/px, ImageNet
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from pathology.job import Precision
 from pathology.model import Model, ModelSpec
 
 
-def classifier(network: str = "tiny", device: str = "cpu", precision: Precision = "fp32", compile: bool = False) -> Model:
-    """A tile classifier of two classes."""
-    return _model(network, _classifier_card(network), device, precision, compile)
+def classifier(
+    network: str = "tiny", values: bool = False, device: str = "cpu", precision: Precision = "fp32", compile: bool = False
+) -> Model:
+    """A tile classifier of two classes. `values`: its scores are none of classes, so that no tile is in doubt of its own."""
+    return _model(network, _classifier_card(network, values), device, precision, compile)
 
 
 def dense(
@@ -23,8 +26,9 @@ def dense(
     return _model(network, _dense_card(network, tile_px), device, precision, compile)
 
 
-def _classifier_card(network: str = "tiny") -> ModelSpec:
-    return _card(network, 224, 1)
+def _classifier_card(network: str = "tiny", values: bool = False) -> ModelSpec:
+    card = _card(network, 224, 1)
+    return replace(card, scores="value") if values else card
 
 
 def _dense_card(network: str = "unet", tile_px: int = 512) -> ModelSpec:

@@ -120,7 +120,8 @@ def ours(name: str, network: str, *options: str) -> Row:
     out = emptied("ours")
     cost = measure([COMMAND, "run", str(slide(name)), "--model", model(network), "--out", str(out), *options], ENVIRONMENT)
     (record,) = out.glob("slides/*/*/result.json")
-    return {**seconds(cost), "tiles": float(json.loads(record.read_text())["tiles"]), **compared(record.parent, name, network)}
+    plain_of = network.partition("&")[0]
+    return {**seconds(cost), "tiles": float(json.loads(record.read_text())["tiles"]), **compared(record.parent, name, plain_of)}
 
 
 def plain(name: str, network: str, threads: int) -> Row:
@@ -166,7 +167,7 @@ def compared(result: Path, name: str, network: str) -> Row:
     if not theirs.exists():
         return {}
     table = parquet.read_table(result / "tiles.parquet").to_pydict()
-    mine = np.stack([table["prob_a"], table["prob_b"]], axis=1)
+    mine = np.stack([table.get(f"prob_{label}", table.get(label)) for label in ("a", "b")], axis=1)
     corners = np.stack([table["miny"], table["minx"]], axis=1)
     wanted, others = np.load(tiles(name)), np.load(theirs)
     order, order_of_wanted = np.lexsort(corners.T), np.lexsort(wanted.T)
@@ -284,7 +285,8 @@ def whole(choice: Choice) -> Rounds:
             if SLIDES[name].mpp < 0.5:
                 contestants["ours, fast-decode"] = functools.partial(ours, name, network, "--fast-decode")
             if network != "tiny" and name.endswith("small"):
-                contestants["ours, bf16"] = functools.partial(ours, name, network, "--precision", "bf16")
+                # Random weights leave every tile in doubt, which fp32 would then decide: what is measured is bf16 by itself.
+                contestants["ours, bf16"] = functools.partial(ours, name, f"{network}&values=1", "--precision", "bf16")
             for options in choice.ours:
                 contestants[f"ours {options}"] = functools.partial(ours, name, network, *shlex.split(options))
             for who, python in others.items() if name in choice.slides or name in PEER_SLIDES else ():
