@@ -49,7 +49,7 @@ MOST_FLIPS, MOST_AREA = 0.001, 0.005
 
 HEADER = f"""# Precision: bf16 beside fp32
 
-A tile whose probability in bf16 lies within {DOUBT["bf16"]} of a threshold is computed again in fp32, which decides its class
+A tile whose log-odds in bf16 lie within {DOUBT["bf16"]} of a threshold's is computed again in fp32, which decides its class
 ([concepts.md](concepts.md#what-a-network-computes-in), [why](decisions/0013-doubtful-tiles.md)).
 
 `python benchmarks/agreement.py` writes this page. EfficientNet-Lite0 with a linear head (sigmoid, threshold 0.5) is run over
@@ -257,7 +257,7 @@ class Runs:
         """(n,) scores of the model's one class, and how many of them were decided in fp32."""
         folder = self.run(slide, model, precision)
         scores = read_parquet(folder / "tiles.parquet").scores[:, 0].astype(np.float64)
-        return scores, json.loads((folder / "result.json").read_text()).get("decided", 0)
+        return scores, json.loads((folder / "result.json").read_text())["decided"] or 0
 
     def vectors(self, slide: Path) -> NDArray[np.float32]:
         return np.asarray(open_features(self.run(slide, self.features)).vectors[:], np.float32)

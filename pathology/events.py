@@ -33,7 +33,7 @@ from typing import Any
 from pathology.durable import make_folders, output_faults, sync_folder
 from pathology.faults import retried
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def emit(out: Path, event: str, fields: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ MANIFEST, RESULT = "manifest.json", "result.json"
 BAD_TILES = "bad_tiles.csv"
 TISSUE_FILES = ("tissue.geojson", "tissue.png")
 
-SCHEMAS = {MANIFEST: 1, RESULT: 4}
+SCHEMAS = {MANIFEST: 1, RESULT: 5}
 # What is relied on where they are read back.
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     MANIFEST: {"key": str, "fields": dict, "files": dict, "slide_files": dict},
@@ -214,7 +214,7 @@ def _record(
         "environments": environments,
         "batch_size": job.batch_size,
         "halved_to": min((c["halved_to"] for c in counts if c["halved_to"]), default=None),
-        **({"decided": sum(c.get("decided", 0) for c in counts)} if doubt(job, spec) else {}),
+        "decided": sum(c["decided"] for c in counts) if doubt(job, spec) else None,
         "columns": dict(job.columns),
         "job": job.asked(),
         "finished": time.time(),

@@ -28,7 +28,7 @@ class Again:
     """How tiles are computed that a network in half precision leaves in doubt.
 
     read, predict  as for `infer_region`, the latter in float32
-    doubt          the distance from a threshold, see `decide.doubtful`
+    doubt          how near log-odds are in doubt, see `decide.doubtful`
     on_doubt       told how many they are
     """
 
@@ -90,14 +90,15 @@ def _decided(
 ) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
     """`answers` (a number a class, so a region's are few), in their order; of doubtful tiles what `again` gives."""
     first = list(answers)
-    tiles = [tile for tile, scores in first if doubtful(scores.reshape(-1), spec.threshold, again.doubt)]
+    scores = np.array([scores.reshape(-1) for _, scores in first], np.float32).reshape(len(first), -1)
+    tiles = [first[place][0] for place in np.flatnonzero(doubtful(scores, spec.threshold, again.doubt))] if first else []
     again.on_doubt(len(tiles))
     wanted = np.array(tiles, np.int32).reshape(-1, 2)
     decided = dict(_answers(again.read, spec, wanted, again.predict, on_bad)) if tiles else {}
     if len(decided) < len(tiles):
         raise SlideError(Reason.READ_ERROR, "a tile could be read once, and not a second time; run the same again")
-    for tile, scores in first:
-        yield tile, decided.get(tile, scores)
+    for tile, answer in first:
+        yield tile, decided.get(tile, answer)
 
 
 def _answers(

@@ -30,7 +30,7 @@ from pathology.plan import Plan, Region
 from pathology.records import MOST_BYTES, MOST_WORK_BYTES, check_fields, read_object
 from pathology.stitch import bands
 
-SCHEMA = 3
+SCHEMA = 4
 PARTIAL = "partial-"
 
 # Columns of a block: what is read and hashed at once. Blocks end at multiples of it, as shards of a heatmap do.

@@ -8,23 +8,24 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from pathology import decide
 from pathology.batch_size import choose_batch
 from pathology.batches import ReadPool, read_tiles
 from pathology.clock import Clock, counting
 from pathology.cores import core_count
 from pathology.errors import UsageError
-from pathology.infer import infer_region
+from pathology.infer import Again, infer_region
 from pathology.job import Job
 from pathology.job_slide import plan_slide, stain_of
 from pathology.model import Model, ModelSpec, answer
 from pathology.models import load_model
 from pathology.models.checks import made_up_batch, warm_up
 from pathology.plan import Plan, cut
-from pathology.predictor import Predictor
+from pathology.predictor import Predict, Predictor
 from pathology.readers import open_slide
 from pathology.slide import Slide
 from pathology.threads import split_threads
@@ -74,15 +75,21 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
         on_cpu = job.device == "cpu"
         set_threads(split.threads if on_cpu else 1)
         readers = job.readers or (split.readers if on_cpu else cores)
-        clock, began = Clock(), time.perf_counter()
-        predictor = Predictor(model, batch_size)
+        predictor, clock = Predictor(model, batch_size), Clock()
         predict = functools.partial(predictor.predict, stain=stain_of(job))
-        with closing(predictor), closing(ReadPool(readers)) as pool, counting(clock):
+        with (
+            closing(predictor),
+            closing(ReadPool(readers)) as pool,
+            counting(clock),
+            _exactly(replace(job, batch_size=batch_size), model.spec) as exactly,
+        ):
+            began = time.perf_counter()
             read = functools.partial(read_tiles, slide, model.spec, plan.grid, pool=pool, clock=clock)
+            again = None if exactly is None else Again(read, exactly, decide.doubt(job, model.spec), lambda _: None)
             for region in plan.regions:
-                for _ in infer_region(read, model.spec, plan, region, predict, lambda _: None):
+                for _ in infer_region(read, model.spec, plan, region, predict, lambda _: None, again):
                     pass
-        seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
     tiles = plan.forward_passes
     roof_s = (read_s + model_s) / cores if on_cpu else max(read_s / cores, model_s)
     return Measured(
@@ -96,6 +103,17 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
         tile_mm2=len(plan.tiles) / tiles * (plan.grid.stride_px * plan.grid.mpp / 1000) ** 2,
         bottleneck=bottleneck(clock.seconds(), seconds, seconds),
     )
+
+
+@contextmanager
+def _exactly(job: Job, spec: ModelSpec) -> Iterator[Predict | None]:
+    """By which tiles are computed that half precision leaves in doubt; None where it leaves none."""
+    if not decide.doubt(job, spec):
+        yield None
+        return
+    exact = decide.exact(job)
+    with closing(Predictor(load_model(exact.model, exact.device, exact.precision), exact.batch_size)) as predictor:
+        yield functools.partial(predictor.predict, stain=stain_of(job))
 
 
 def lines(measured: Measured) -> Iterator[str]:

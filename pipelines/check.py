@@ -76,9 +76,9 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
     if tissue_model(settings) is not None:
         settings = replace(settings, tissue="none")  # not known before the run: the most that it can come to
     specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
-    jobs = [
-        [_with_batch_size(job, specs[job.model]) for job in make_jobs([entry], models, settings, "cpu")] for entry in slides
-    ]
+    # What is measured runs on the CPU, which has no fp16, and takes no less memory in fp32.
+    tried = replace(settings, precision="fp32") if settings.precision == "fp16" else settings
+    jobs = [[_with_batch_size(job, specs[job.model]) for job in make_jobs([entry], models, tried, "cpu")] for entry in slides]
     cards = [[specs[job.model] for job in of_slide] for of_slide in jobs]
     peak = 0
     with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S) as apart:

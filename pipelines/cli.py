@@ -50,14 +50,6 @@ from_recipe = recipe_option(lambda: main.commands["run"])
 @job_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--threads", type=int, help="Torch threads on the CPU.  [default: measured]")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
-    default="fp32",
-    show_default=True,
-    help="What torch networks compute in. auto: bf16 or fp16 on CUDA, fp32 elsewhere. What they leave in doubt of classes is "
-    "computed again in fp32.",
-)
 @click.option("--compile", is_flag=True, help="Let torch compile networks: slower to start, other last bits.")
 @click.option(
     "--scheduler",

@@ -89,6 +89,14 @@ def job_options(command: Command) -> Command:
             show_default=True,
             help="Tiles per model call; auto: as many as make it quick and fit into memory, found by trying.",
         ),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16", "fp16", "auto"]),
+            default="fp32",
+            show_default=True,
+            help="What torch networks compute in. auto: bf16 or fp16 on CUDA, fp32 elsewhere. Tiles whose class is then in "
+            "doubt are computed again in fp32.",
+        ),
         click.option("--num-workers", type=int, help="Threads that read tiles, for each device.  [default: measured]"),
         click.option(
             "--memory",

@@ -175,7 +175,15 @@ def _take_over(work: Work, plan: Plan, record: dict[str, Any], folder: Path, wro
     heatmap = open_heatmap(folder)
     if heatmap.meta.encoding.dtype != "float32":
         return
-    counts: dict[str, Any] = {"bad_tiles": 0, "seconds": 0.0, "began": 0.0, "process": 0, "halved_to": None, "stages": {}}
+    counts: dict[str, Any] = {
+        "bad_tiles": 0,
+        "decided": 0,
+        "seconds": 0.0,
+        "began": 0.0,
+        "process": 0,
+        "halved_to": None,
+        "stages": {},
+    }
     found = record["environments"][0]
     environment = {**found, "batch": [found["batch"]]}
     for region in plan.regions:

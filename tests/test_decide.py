@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pathology import Job
 from pathology.decide import BATCH, DOUBT, doubt, doubtful, exact, models
 from pathology.errors import UsageError
+from pathology.export.qupath import classify
 from pathology.export.table import TileTable, read_parquet
 from pathology.finish import read_manifest, read_record
+from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.runner import run
 from tests.rounding import ERROR
@@ -44,15 +49,47 @@ def table(job: Job, scheduler: str = "sync") -> TileTable:
         ((0.54,), (0.5,), True),
         ((0.46,), (0.5,), True),
         ((0.54,), (0.6,), False),
+        ((0.02,), (0.03,), False),  # where probabilities crowd, so do those in doubt
+        ((0.029,), (0.03,), True),
+        ((0.0,), (0.0,), False),  # which every tile reaches
+        ((1.0,), (1.0,), True),
+        ((0.9,), (1.0,), False),
         ((0.8, 0.1, 0.1), (0.5, 0.5, 0.5), False),
         ((0.42, 0.38, 0.2), (0.5, 0.5, 0.5), True),  # which is the best
+        ((0.41, 0.34, 0.25), (0.5, 0.5, 0.5), True),
+        ((0.45, 0.35, 0.2), (0.5, 0.5, 0.5), False),
         ((0.2, 0.7, 0.1), (0.22, 0.5, 0.5), True),
+        ((0.1, 0.1, 0.05), (0.5, 0.5, 0.5), False),  # several labels, none of them there
+        ((0.9, 0.9, 0.05), (0.5, 0.5, 0.5), True),
     ],
 )
 def test_a_tile_is_doubtful_near_a_threshold_or_between_two_classes(
     scores: tuple[float, ...], threshold: tuple[float, ...], expected: bool
 ) -> None:
-    assert doubtful(np.array(scores, np.float32), threshold, 0.05) is expected
+    assert doubtful(np.array([scores], np.float32), threshold, WIDTH).tolist() == [expected]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.booleans())
+def test_log_odds_that_move_by_less_change_no_class(seed: int, classes: int, exclusive: bool) -> None:
+    """Of what is not doubtful: its classes present, and the best of them where there is one, or they exclude each other."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (200, classes))
+    # Half of the width each: the log-odds between two classes move by no more than both.
+    moved = logits + random.uniform(-WIDTH / 2, WIDTH / 2, logits.shape)
+    threshold = tuple(random.uniform(0.02, 0.98, classes).tolist())
+    spec = ModelSpec("own", "", tuple("abcde"[:classes]), 0.5, 8, 8, threshold=threshold)
+
+    def probabilities(values: NDArray[np.float64]) -> NDArray[np.float32]:
+        if exclusive and classes > 1:
+            return (np.exp(values) / np.exp(values).sum(axis=1, keepdims=True)).astype(np.float32)
+        return (1 / (1 + np.exp(-values))).astype(np.float32)
+
+    first, second = probabilities(moved), probabilities(logits)
+    clear = ~doubtful(first, threshold, WIDTH)
+    assert clear.any()
+    assert ((first >= np.float32(threshold)) == (second >= np.float32(threshold)))[clear].all()
+    named = clear & ((first >= np.float32(threshold)).any(axis=1) | (exclusive or classes == 1))
+    assert (classify(first, spec) == classify(second, spec))[named].all()
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
@@ -60,13 +97,12 @@ def test_no_tile_changes_class_and_only_doubtful_ones_are_computed_again(job: Jo
     log = tmp_path / "log"
     fp32 = table(replace(job, model=named(classes=classes), precision="fp32", out=str(tmp_path / "fp32")))
     bf16 = table(replace(job, model=named(classes=classes, log=log)))
-    assert WIDTH > ERROR
     assert 0 < np.abs(bf16.scores - fp32.scores).max() <= ERROR + 1e-6
     assert ((bf16.scores >= 0.5) == (fp32.scores >= 0.5)).all()
     assert (bf16.scores.argmax(axis=1) == fp32.scores.argmax(axis=1)).all()
 
     again = (bf16.scores == fp32.scores).all(axis=1)
-    clear = ~np.array([doubtful(scores, (0.5,) * classes, WIDTH + ERROR) for scores in fp32.scores])
+    clear = ~doubtful(fp32.scores, (0.5,) * classes, 2 * WIDTH)
     assert not again[clear].any()
     record = read_record(job.result_folder("rounding"))
     assert record is not None
@@ -101,16 +137,17 @@ def test_what_has_no_class_is_computed_once(job: Job, tmp_path: Path) -> None:
     assert set(log.read_text().split("\n")) == {"bf16 4", ""}
     record = read_record(value.result_folder("rounding"))
     assert record is not None
-    assert "decided" not in record
+    assert record["decided"] is None
     assert doubt(replace(job, precision="fp32"), load_spec(job.model)) == 0
 
 
-def test_float32_is_in_small_batches_and_never_compiled(job: Job) -> None:
+def test_float32_is_never_compiled_and_in_small_batches_on_a_device_of_its_own(job: Job) -> None:
     spec = load_spec(job.model)
     asked = replace(job, batch_size=512, compile=True)
     assert models(asked, spec) == (asked, exact(asked))
     again = exact(asked)
-    assert (again.precision, again.compile, again.batch_size) == ("fp32", False, BATCH)
+    assert (again.precision, again.compile, again.batch_size) == ("fp32", False, 512)
+    assert exact(replace(asked, device="cuda")).batch_size == BATCH
     assert models(again, spec) == (again,)
 
 
@@ -124,8 +161,8 @@ def test_a_card_that_rules_out_fp32_has_nothing_decided(job: Job, monkeypatch: p
 
 def test_how_near_is_doubtful_is_part_of_what_a_result_was_made_with(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     table(job)
-    monkeypatch.setitem(DOUBT, "bf16", 0.2)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"made otherwise \(doubt 0.05 -> 0.2\)"):
+    monkeypatch.setitem(DOUBT, "bf16", 0.4)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"made otherwise \(doubt 0.2 -> 0.4\)"):
         list(run([job], "sync"))
 
 

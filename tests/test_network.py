@@ -405,6 +405,41 @@ def test_a_full_device_is_no_fault_of_the_slide() -> None:
 # Precision
 
 
+class Squeezed(nn.Module):
+    """A few numbers a tile through an activation that the processor computes for many at once."""
+
+    def __init__(self, classes: int, inner: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, inner, 3), nn.Linear(inner, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(nn.functional.silu(self.first(x).mean(dim=(2, 3))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("count", [3, 8, 24])
+@pytest.mark.parametrize(("classes", "inner"), [(5, 8), (7, 6), (1, 6), (3, 1)])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_a_tiles_bits_do_not_depend_on_its_place(
+    count: int, classes: int, inner: int, activation: Literal["sigmoid", "softmax"]
+) -> None:
+    torch.manual_seed(1)
+    model = TorchNetwork(spec(classes=classes), Squeezed(classes, inner), activation=activation)
+    tiles = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+    first = model(tiles)
+    for shift in range(1, count):
+        assert np.roll(model(np.roll(tiles, shift, axis=0)), -shift, axis=0).tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_a_maps_bits_do_not_depend_on_its_place(activation: Literal["sigmoid", "softmax"]) -> None:
+    torch.manual_seed(1)
+    side = 15
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Conv2d(3, CLASSES, 1))
+    model = TorchNetwork(spec(side), network, activation=activation)
+    tiles = np.random.default_rng(0).integers(0, 256, (7, SIDE, SIDE, 3), np.uint8)
+    assert model(tiles[::-1].copy())[::-1].tobytes() == model(tiles).tobytes()
+
+
 @pytest.mark.parametrize("kind", ["module", "script"])
 def test_bf16_is_autocast_and_its_activation_is_float32(net: Net, kind: str) -> None:
     network = scripted(copy.deepcopy(net)) if kind == "script" else copy.deepcopy(net)

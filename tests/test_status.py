@@ -169,13 +169,13 @@ def test_a_torn_last_line_is_no_damage_and_any_other_is_counted(out: Path) -> No
     before = read_status(out, NOW)
     path = out / "events" / "node-1-9.jsonl"
     with path.open("ab") as file:
-        file.write(b'{"schema": 3, "time": 9999')
+        file.write(b'{"schema": 4, "time": 9999')
     assert read_status(out, NOW) == before
     with path.open("ab") as file:
         file.write(b"\n\x00\xff\n[1]\n\n" + b"[" * 100_000 + b"\n")
-        file.write(b'{"schema": 3, "time": NaN, "event": "run-end"}\n')
-        file.write(b'{"schema": 3, "time": 1.0, "event": "region-done", "slide": "a"}\n')
-        file.write(b'{"schema": 3, "time": 1.0, "event": "region-done", "slide": [], "model": "m", "region": 0}\n')
+        file.write(b'{"schema": 4, "time": NaN, "event": "run-end"}\n')
+        file.write(b'{"schema": 4, "time": 1.0, "event": "region-done", "slide": "a"}\n')
+        file.write(b'{"schema": 4, "time": 1.0, "event": "region-done", "slide": [], "model": "m", "region": 0}\n')
         file.write(b'{"schema": 1, "time": 1.0, "event": "run-begin", "jobs": 3}\n')
     status = read_status(out, NOW)
     assert (status.damaged_lines, status.foreign_lines) == (7, 1)
@@ -212,7 +212,7 @@ def test_a_folder_without_events_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_a_reused_file_keeps_both_processes_lines(tmp_path: Path) -> None:
     emit(tmp_path, "run-begin", begin("a"))
     path = tmp_path / "events" / f"{HERE}-{os.getpid()}.jsonl"
-    path.write_bytes(path.read_bytes() + b'{"schema": 3, "ti')  # killed while it wrote
+    path.write_bytes(path.read_bytes() + b'{"schema": 4, "ti')  # killed while it wrote
     emit(tmp_path, "run-end", {"failed": 0, "why": ""})
     log = read_log(tmp_path)
     assert [event["event"] for event in log.events] == ["run-begin", "run-end"]
