@@ -43,6 +43,12 @@ class Encoding:
 
     def encode(self, scores: NDArray[np.float32]) -> NDArray[Any]:
         """Scores, NaN where not predicted, as they are stored; every NaN has one bit pattern, as processors' own differ."""
+        stored, flat = np.empty(scores.size, self.dtype), scores.reshape(-1)
+        for at in range(0, scores.size, AT_ONCE):
+            stored[at : at + AT_ONCE] = self._encoded(flat[at : at + AT_ONCE])
+        return stored.reshape(scores.shape)
+
+    def _encoded(self, scores: NDArray[np.float32]) -> NDArray[Any]:
         missing = np.isnan(scores)
         if self.dtype != "uint8":
             # Half precision ends at 65,504: what is beyond is stored as that, not as infinity.
@@ -60,6 +66,9 @@ class Encoding:
         scores: NDArray[np.float32] = table[stored]
         return scores
 
+
+# Scores that are worked on at once: what is made of them on the way stays in the processor's caches, and takes no memory.
+AT_ONCE = 2**16
 
 FLOAT32 = Encoding()
 # From this many pixels a side on a heatmap has coarser levels, which take a third of its bytes.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.encoding import AT_ONCE
 from pathology.export.colormap import class_colors
 from pathology.geometry import HeatmapFrame
 from pathology.model import ModelSpec
@@ -34,6 +35,14 @@ def label_block(scores: NDArray[np.float32], spec: ModelSpec) -> NDArray[Any]:
 
     Of a single class: 1 where it reaches its threshold, 0 elsewhere.
     """
+    labels: NDArray[Any] = np.empty(scores.shape[1:], label_dtype(spec))
+    rows = max(1, AT_ONCE // max(1, scores[:, :1].size))
+    for y in range(0, scores.shape[1], rows):
+        labels[y : y + rows] = _labels(scores[:, y : y + rows], spec)
+    return labels
+
+
+def _labels(scores: NDArray[np.float32], spec: ModelSpec) -> NDArray[Any]:
     if len(spec.classes) == 1:
         present: NDArray[Any] = (scores[0] >= np.float32(spec.threshold[0])).astype(label_dtype(spec))
         return present

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.encoding import AT_ONCE
 from pathology.export.colormap import class_colors
 from pathology.geometry import Box, HeatmapFrame
 from pathology.model import ModelSpec
@@ -81,17 +82,24 @@ def _cut(extent: int, chunk: int, shard: int) -> tuple[int, int]:
 def halve(block: NDArray[np.float32]) -> NDArray[np.float32]:
     """(C, h, w) -> (C, ceil(h/2), ceil(w/2)) float32: the mean of up to 2 x 2 pixels that are not NaN."""
     classes, height, width = block.shape
-    shape = (classes, (height + 1) // 2, (width + 1) // 2)
-    sums, counts = np.zeros(shape, np.float64), np.zeros(shape, np.uint8)
+    means = np.full((classes, (height + 1) // 2, (width + 1) // 2), np.nan, np.float32)
+    rows = 2 * max(1, AT_ONCE // max(1, width))
+    for half, whole in zip(means, block, strict=True):
+        for y in range(0, height, rows):
+            _halve(whole[y : y + rows], half[y // 2 : (y + rows) // 2])
+    return means
+
+
+def _halve(block: NDArray[np.float32], means: NDArray[np.float32]) -> None:
+    """Put the means of (h, w) pixels into those of `means`, NaN up to then, that have any."""
+    sums, counts = np.zeros(means.shape, np.float64), np.zeros(means.shape, np.uint8)
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        part = block[:, dy::2, dx::2]
+        part = block[dy::2, dx::2]
         predicted = ~np.isnan(part)
-        at = (slice(None), slice(part.shape[1]), slice(part.shape[2]))
+        at = (slice(part.shape[0]), slice(part.shape[1]))
         sums[at] += np.where(predicted, part, np.float32(0))
         counts[at] += predicted
-    means = np.full(shape, np.nan, np.float32)
     np.divide(sums, counts, out=means, where=counts > 0, casting="same_kind")
-    return means
 
 
 Window = tuple[float, float, float, float]

@@ -39,6 +39,21 @@ def scores_of(shape: tuple[int, int, int]) -> NDArray[np.float32]:
     return scores
 
 
+@pytest.mark.parametrize("shape", [(3, 61, 47), (1, 1, 200), (2, 90, 1)])
+def test_how_much_is_worked_on_at_once_changes_nothing(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = scores_of(shape)
+    spec = replace(THREE, classes=THREE.classes[: shape[0]], colors=(), threshold=())
+
+    def all_of_it() -> list[bytes]:
+        stored = [Encoding(dtype, 0.0, 1.0).encode(scores) for dtype in ("uint8", "float16", "float32")]  # type: ignore[arg-type]
+        return [array.tobytes() for array in (*stored, label_block(scores, spec), halve(scores))]
+
+    at_once = all_of_it()
+    for module in ("encoding", "labels", "pyramid"):
+        monkeypatch.setattr(f"pathology.{module}.AT_ONCE", 7)
+    assert all_of_it() == at_once
+
+
 def written(folder: Path, scores: NDArray[np.float32], spec: ModelSpec, dtype: Dtype) -> Heatmap:
     frame = HeatmapFrame((scores.shape[1], scores.shape[2]), 0.0, 1.0, 0.5)
     meta = HeatmapMeta(frame, spec, 64, 32, "f" * 64, {}, choose_encoding(spec, dtype))
