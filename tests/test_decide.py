@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,9 +23,11 @@ from pathology.finish import read_manifest, read_record
 from pathology.model import ModelSpec
 from pathology.models import load_spec
 from pathology.runner import run
+from pipelines.cli import main
 from tests.rounding import ERROR
 
 WIDTH = DOUBT["bf16"]
+SAMPLE = Path(__file__).parent.parent / "sample_data" / "sample.svs"
 
 
 @pytest.fixture
@@ -198,3 +201,27 @@ def test_events_tell_how_many_were_decided(job: Job) -> None:
     assert record is not None
     lines = [json.loads(line) for log in Path(job.out, "events").glob("*.jsonl") for line in log.read_text().splitlines()]
     assert sum(line["decided"] for line in lines if line["event"] == "region-done") == record["decided"]
+
+
+def called(log: Path) -> set[str]:
+    """The precisions in which a model was called."""
+    return {line.split()[0] for line in log.read_text().splitlines()}
+
+
+def test_check_counts_the_memory_of_both_models(job: Job, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    asked = ["check", job.slide, "--model", named(log=log), "--tissue", "none", "--json", "--precision", "bf16"]
+    checked = CliRunner().invoke(main, asked)
+    assert checked.exit_code == 0, checked.output
+    assert json.loads(checked.output)["memory_bytes"] > 0
+    assert called(log) == {"bf16", "fp32"}
+
+
+def test_benchmark_decides_as_a_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    asked = ["benchmark", "--model", named(log=log, tile_px=64), "--slide", str(SAMPLE), "--tiles", "40", "--device", "cpu"]
+    for width, precisions in ((1e-9, {"bf16"}), (50.0, {"bf16", "fp32"})):
+        monkeypatch.setitem(DOUBT, "bf16", width)  # type: ignore[arg-type]
+        measured = CliRunner().invoke(main, [*asked, "--precision", "bf16"])
+        assert measured.exit_code == 0, measured.output
+        assert called(log) == precisions
