@@ -28,9 +28,11 @@ from pathology.errors import first_line
 from pathology.pulse import beat, show_in
 from pathology.watch import Limits, Pulses, death_by, killed_for_memory, overweight
 
+Kind = Literal["device", "slides"]
 # What a worker begins with. Torch alone has threads of its own, by `set_threads`. Freed memory of tiles, and of what networks
 # answer layer by layer, is kept: given back to the kernel each time, as glibc would have it, it comes back as pages to be
-# cleared again. What is larger than 32 MiB, the most that glibc keeps, is given back.
+# cleared again. What is larger than 32 MiB, the most that glibc keeps, is given back. Threads of a process that infers share a
+# single store of it: large arrays fit into it better than into one for each, and are too few to be waited for.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -38,9 +40,9 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
 }
+OF_KIND: dict[Kind, dict[str, str]] = {"device": {"MALLOC_ARENA_MAX": "1"}, "slides": {}}
 # What a worker loads before it is asked, the first in a thread beside the others. For a device: torch, which takes longest. For
 # slides: what opens and reads one, and writes results.
-Kind = Literal["device", "slides"]
 MODULES: dict[Kind, tuple[str, ...]] = {
     "device": ("torch", "pathology.worker"),
     "slides": (
@@ -142,7 +144,7 @@ class _Started:
                 [sys.executable, "-c", _START, kind, *map(str, handed), *sys.path],
                 stdin=subprocess.DEVNULL,
                 pass_fds=handed,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **OF_KIND[kind]},
             )
             theirs.close()
             self._calls[kind] = Calls(ours, functools.partial(self._end_of, kind))

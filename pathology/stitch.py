@@ -69,14 +69,16 @@ class Canvas:
     """Weighted sums over `box` (heatmap px) for `classes` channels; lives as long as its region.
 
     It rolls: tiles come in row-major order, so where a row of tiles begins, all above is final. A band of rows has sums
-    from the first tile that touches it until it is handed out, so memory follows the region's width, not its height.
+    from the first tile that touches it until it is handed out, so memory follows the region's width, not its height. Weights
+    are summed when a band is handed out: of one band at a time, whatever the tile.
     """
 
     def __init__(self, box: Box, classes: int, window: NDArray[np.float32]) -> None:
         self._classes = classes
         self._window = window.astype(np.float64)
         self._left = deque(bands(box))  # not handed out
-        self._open: dict[Box, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}  # their sums and weights, once touched
+        self._open: dict[Box, NDArray[np.float64]] = {}  # their sums, once touched
+        self._tiles: deque[Box] = deque()  # that reach into bands not handed out, as they came
         self._final = -math.inf  # rows above are final
 
     def add(self, scores: NDArray[np.float32], y: int, x: int) -> None:
@@ -94,11 +96,10 @@ class Canvas:
             if inside.empty:
                 continue
             if band not in self._open:
-                self._open[band] = np.zeros((self._classes, *band.shape)), np.zeros(band.shape)
-            sums, weights = self._open[band]
+                self._open[band] = np.zeros((self._classes, *band.shape))
             on_band, on_tile = inside.slices(band), inside.slices(tile)
-            sums[:, *on_band] += self._window[on_tile] * scores[:, *on_tile]
-            weights[on_band] += self._window[on_tile]
+            self._open[band][:, *on_band] += self._window[on_tile] * scores[:, *on_tile]
+        self._tiles.append(tile)
 
     def final(self, row: int) -> Iterator[NDArray[np.float32]]:
         """The bands above heatmap row `row` that were not handed out yet, given that no tile to come begins above it.
@@ -112,11 +113,22 @@ class Canvas:
             # depends on the processor.
             mean = np.full((self._classes, *band.shape), np.nan, np.float32)
             if band in self._open:
-                sums, weights = self._open.pop(band)
+                weights = self._weights(band)
                 # Divided in float64, rounded once.
-                np.divide(sums, weights, out=mean, where=weights > 0, casting="same_kind")
-                del sums, weights
+                np.divide(self._open.pop(band), weights, out=mean, where=weights > 0, casting="same_kind")
+                del weights
+            while self._tiles and self._tiles[0].y1 <= band.y1:
+                self._tiles.popleft()
             yield mean
+
+    def _weights(self, band: Box) -> NDArray[np.float64]:
+        """(h, w) sums of the weights of all tiles in `band`, added in their order."""
+        weights = np.zeros(band.shape)
+        for tile in takewhile(lambda tile: tile.y < band.y1, self._tiles):
+            inside = tile.intersect(band)
+            if not inside.empty:
+                weights[inside.slices(band)] += self._window[inside.slices(tile)]
+        return weights
 
 
 def canvas_bytes(classes: int, output_px: int, h_stride: int, width: int) -> int:
@@ -129,7 +141,7 @@ def canvas_bytes(classes: int, output_px: int, h_stride: int, width: int) -> int
     # A tile's first row lies at most this far inside its band.
     inside = BAND_PX - math.gcd(h_stride, BAND_PX)
     rows = math.ceil((inside + output_px) / BAND_PX) * BAND_PX
-    sums = rows * width * (classes + 1) * 8
-    handed_out = BAND_PX * width * (classes * 4 + 1)  # means, and where there are any
+    sums = rows * width * classes * 8
+    handed_out = BAND_PX * width * (classes * 4 + 8 + 1)  # means, weights, and where there are any
     adding = (output_px + classes * BAND_PX) * output_px * 8  # the window, and a tile's weighted scores in one band
     return sums + handed_out + adding

@@ -29,7 +29,7 @@ from pathology.together import pixels_of
 from pathology.trials import needed
 from pathology.watch import Limits
 from pipelines.bottleneck import bottleneck
-from pipelines.config import Settings, make_jobs, tissue_model, tissue_settings
+from pipelines.config import Settings, cards, make_jobs, tissue_model, tissue_settings
 from pipelines.preflight import Found, Preflight
 from pipelines.printing import say
 from pipelines.room import MIN_FREE_BYTES, Room, size
@@ -81,15 +81,13 @@ def run_batch(
     seen  what another run has just seen of the slides' headers
     """
     from pathology.device import choose_device, device_count
-    from pathology.models import load_spec
-    from pathology.models.pool import pooled_spec
     from pathology.runner import run
 
     began = time.monotonic()
     seen = {} if seen is None else seen
     if (finder := tissue_model(settings)) is not None:
         _find_tissue(slides, finder, settings, conduct, stop, seen)
-    specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
+    specs = cards(models, settings)
     if len({s.name for s in specs.values()}) < len(specs):
         raise UsageError(f"two of the models {', '.join(models)} are called the same; give one another name")
     for kind in conduct.exports:
@@ -100,7 +98,7 @@ def run_batch(
             )
     device = choose_device(settings.device)
     devices = device_count(device) if device == "cuda" else 1
-    jobs = make_jobs(slides, models, settings, device)
+    jobs = make_jobs(slides, specs, settings, device)
     for job in jobs:
         job.stride_px(specs[job.model])
     out = settings.out

@@ -17,14 +17,12 @@ from pathology.job import Job, ReaderName
 from pathology.job_slide import plan_slide
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
-from pathology.models import load_spec
-from pathology.models.pool import pooled_spec
 from pathology.plan import Plan
 from pathology.process import MODULES
 from pathology.readers import open_slide
 from pathology.slide import SlideInfo
 from pathology.together import groups
-from pipelines.config import Settings, make_jobs, tissue_model
+from pipelines.config import Settings, cards, make_jobs, tissue_model
 from pipelines.headers import MOST_PROCESSES, headers, processes
 from pipelines.room import size
 from pipelines.slides import SlideEntry
@@ -75,16 +73,16 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
         return
     if tissue_model(settings) is not None:
         settings = replace(settings, tissue="none")  # not known before the run: the most that it can come to
-    specs = {ref: pooled_spec(load_spec(ref), settings.heatmap_mpp) for ref in models}
+    specs = cards(models, settings)
     # What is measured runs on the CPU, which has no fp16, and takes no less memory in fp32.
     tried = replace(settings, precision="fp32") if settings.precision == "fp16" else settings
-    jobs = [[_with_batch_size(job, specs[job.model]) for job in make_jobs([entry], models, tried, "cpu")] for entry in slides]
-    cards = [[specs[job.model] for job in of_slide] for of_slide in jobs]
+    jobs = [[_with_batch_size(job, specs[job.model]) for job in make_jobs([entry], specs, tried, "cpu")] for entry in slides]
+    each = [[specs[job.model] for job in of_slide] for of_slide in jobs]
     peak = 0
     with Apart(min(core_count(), MOST_PROCESSES, len(slides)), PLAN_DEADLINE_S) as apart:
-        calls = ((repr(one[0].path.name), (*one, settings)) for one in zip(slides, jobs, cards, strict=True))
+        calls = ((repr(one[0].path.name), (*one, settings)) for one in zip(slides, jobs, each, strict=True))
         answers = apart.results(_look, calls)
-        for entry, of_slide, theirs, found in zip(slides, jobs, cards, answers, strict=True):
+        for entry, of_slide, theirs, found in zip(slides, jobs, each, answers, strict=True):
             if isinstance(found, SlideError):
                 yield Verdict(entry, reason=found.reason, message=str(found))
                 continue

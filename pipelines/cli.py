@@ -249,7 +249,9 @@ def info(slide: str, slide_mpp: float | None, force: bool, reader: Any, as_json:
 @click.option("--slide-mpp", type=Number(), help="Its resolution in um per px, where the file is silent or wrong.")
 @click.option("--tiles", type=int, default=1000, show_default=True, help="Measure on so many tiles.")
 @click.option("--overlap", type=float, default=0.0, show_default=True, help="As in run.")
-@click.option("--batch-size", type=BatchSize(), default=32, show_default=True, help="Tiles per model call, or auto.")
+@click.option(
+    "--batch-size", type=BatchSize(), help="Tiles per model call, or auto.  [default: 32, fewer of tiles above 316 px]"
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16", "auto"]), default="fp32", show_default=True)
 @click.option("--threads", type=int, help="Torch threads on the CPU.  [default: measured]")
@@ -262,11 +264,11 @@ def benchmark(model: str, slide: Path, tiles: int, **options: Any) -> None:
     from pathology.device import choose_device
     from pipelines.benchmark import benchmark as measured
     from pipelines.benchmark import lines
-    from pipelines.config import make_jobs
+    from pipelines.config import cards, make_jobs
     from pipelines.slides import find_slides
 
     settings = _settings(**options, out=Path("out"))
-    (job,) = make_jobs(find_slides([slide])[:1], [model], settings, choose_device(settings.device))
+    (job,) = make_jobs(find_slides([slide])[:1], cards([model], settings), settings, choose_device(settings.device))
     for line in lines(measured(job, max(2, tiles))):
         click.echo(line)
 

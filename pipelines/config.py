@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ class Settings:
     heatmap_mpp: float | None = None
     heatmap_dtype: Dtype | Literal["auto"] = "auto"
     device: str = "auto"
-    batch_size: int | None = 32
+    batch_size: int | Literal["auto"] | None = None
     readers: int | None = None
     reader: ReaderName = "auto"
     fast_decode: bool = False
@@ -61,17 +61,28 @@ def default_memory(free: int) -> int:
     return max(2**27, min(MEMORY_MOST, int(MEMORY_SHARE * free)))
 
 
-def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Settings, device: str) -> list[Job]:
-    """A job for each slide and model, slide by slide. `device` is what `settings.device` came to on this machine.
+def cards(models: Sequence[str], settings: Settings) -> dict[str, ModelSpec]:
+    """By the models' references, their cards as a run has them. UsageError, ModelError for models named twice or not known."""
+    from pathology.models import load_spec
+    from pathology.models.pool import pooled_spec
 
-    Raises UsageError and ModelError for models named twice or not known, and for a precision that is not to be had.
+    if len(set(models)) < len(models):
+        raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
+    return {model: pooled_spec(load_spec(model), settings.heatmap_mpp) for model in models}
+
+
+def make_jobs(slides: Sequence[SlideEntry], models: Mapping[str, ModelSpec], settings: Settings, device: str) -> list[Job]:
+    """A job for each slide and model, slide by slide.
+
+    models  by their references, their `cards`
+    device  what `settings.device` came to on this machine
+
+    Raises UsageError for a precision that is not to be had.
     """
     from pathology.cores import memory_limit_bytes
     from pathology.device import choose_precision
     from pathology.models import precisions
 
-    if len(set(models)) < len(models):
-        raise UsageError(f"a model is named twice in {', '.join(models)}; name each once")
     found = _tissue(settings)
     chosen = {model: choose_precision(settings.precision, device, precisions(model), model) for model in models}
     return [
@@ -91,7 +102,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
             heatmap_mpp=settings.heatmap_mpp,
             heatmap_dtype=settings.heatmap_dtype,
             device=device,
-            batch_size=settings.batch_size or 0,
+            batch_size=_batch_size(settings, models[model]),
             threads=settings.threads or 0,
             readers=settings.readers or 0,
             reader=settings.reader,
@@ -110,6 +121,13 @@ def make_jobs(slides: Sequence[SlideEntry], models: Sequence[str], settings: Set
         for slide in slides
         for model in models
     ]
+
+
+def _batch_size(settings: Settings, spec: ModelSpec) -> int:
+    """Tiles of a batch; 0: the worker is to find it."""
+    from pathology.models.pieces import usual_batch
+
+    return 0 if settings.batch_size == "auto" else settings.batch_size or usual_batch(spec.input_px)
 
 
 def _path(path: Path | None) -> str | None:

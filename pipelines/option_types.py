@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -52,14 +52,14 @@ class Folder(click.Path):
         return super().convert(value, param, context)
 
 
-class BatchSize(click.ParamType[int | None]):
-    """A number of tiles, or auto, which is None."""
+class BatchSize(click.ParamType[int | Literal["auto"]]):
+    """A number of tiles, or auto."""
 
     name = "integer|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | Literal["auto"]:
         if value == "auto":
-            return None
+            return "auto"
         if not re.fullmatch(r"\d+", str(value)) or not int(value):
             self.fail(f"{value!r} is no batch size; use a number from 1, or auto", param, context)
         return int(value)

@@ -85,9 +85,8 @@ def job_options(command: Command) -> Command:
         click.option(
             "--batch-size",
             type=BatchSize(),
-            default=32,
-            show_default=True,
-            help="Tiles per model call; auto: as many as make it quick and fit into memory, found by trying.",
+            help="Tiles per model call; auto: as many as make it quick and fit into memory, found by trying.  "
+            "[default: 32, fewer of tiles above 316 px]",
         ),
         click.option(
             "--precision",

@@ -68,8 +68,9 @@ WAYS: dict[str, Callable[[], None]] = {
 
 @dataclass(frozen=True)
 class Fragile:
-    """Mean colours; goes wrong at a tile whose first pixel is POISON: once per `flag` file, always without one.
+    """Mean colours; goes wrong at a tile whose first pixel is POISON.
 
+    flag     file that keeps it from going wrong a second time, and names the process in which it did; "": it always does
     lasting  what went wrong once stays wrong: at any tile, in any process
     """
 
@@ -89,7 +90,8 @@ class Fragile:
             if not self.flag:
                 WAYS[self.how]()
             try:
-                Path(self.flag).touch(exist_ok=False)
+                with Path(self.flag).open("x") as file:
+                    file.write(str(os.getpid()))
             except FileExistsError:
                 pass
             else:

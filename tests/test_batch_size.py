@@ -22,6 +22,8 @@ from pathology.models.pieces import piece_tiles
 from pathology.runner import run
 from pathology.testing import constant, identity
 from pipelines.cli import main
+from pipelines.config import Settings, cards, make_jobs
+from pipelines.slides import SlideEntry
 
 
 class Device:
@@ -170,3 +172,15 @@ def test_the_command_takes_auto(reference_job: Job, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["run", *common, "--out", str(tmp_path / "none"), "--batch-size", "many"])
     assert done.exit_code == 2
     assert "'many' is no batch size; use a number from 1, or auto" in done.output
+
+
+@pytest.mark.parametrize(
+    ("tile_px", "expected"), [(16, 32), (224, 32), (256, 32), (299, 32), (317, 16), (512, 8), (1024, 2), (4096, 1)]
+)
+def test_large_tiles_have_a_smaller_batch_unless_it_is_given(tile_px: int, expected: int, tmp_path: Path) -> None:
+    model = f"pathology.testing:identity?tile_px={tile_px}"
+    slide = SlideEntry(tmp_path / "slide.tiff", "slide", tmp_path)
+    for asked, size in ((None, expected), (7, 7), ("auto", 0)):
+        settings = Settings(out=tmp_path, batch_size=asked)
+        (job,) = make_jobs([slide], cards([model], settings), settings, "cpu")
+        assert job.batch_size == size

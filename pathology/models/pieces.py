@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 # Pixels of a piece: 8 tiles of 224 px. Half of it costs a tenth of the speed, and twice of it falls out of malloc's reach.
 PIECE_PX = 8 * 224**2
 
+# A batch that nobody asked for: as many tiles, and fewer of larger ones, whose batches and answers would fill the memory, while
+# as many pixels keep a device as busy.
+USUAL, USUAL_PX = 32, 64 * 224**2
+
+
+def usual_batch(tile_px: int) -> int:
+    """Tiles of a batch unless it is given: a power of two, at most USUAL, of at most USUAL_PX pixels or a single tile."""
+    most = min(USUAL, max(1, USUAL_PX // tile_px**2))
+    return int(2 ** (most.bit_length() - 1))
+
 
 def piece_tiles(batch_size: int, tile_px: int) -> int:
     """Tiles of a piece: at most PIECE_PX pixels, at least one tile, and a divisor of the batch, as all pieces are alike."""
