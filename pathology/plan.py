@@ -197,8 +197,9 @@ def _touching(
 def choose_block(grid: TileGrid, specs: Sequence[ModelSpec], memory: int) -> tuple[int, int]:
     """(rows, columns) of a region in strides, for workers that may hold `memory` bytes. The same for all of `specs`.
 
-    32 x 32; where dense answers overlap, that many for each stride that a tile reaches beyond its own, 64 at most. A region
-    that its canvases' memory, or the slide, makes narrower is as much taller: rows cost no memory, and the work stays the same.
+    32 x 32; where dense answers overlap, that many for each stride that a tile reaches beyond its own, 64 at most; where they
+    don't, 16 across, since no tile straddles a border. A region that its canvases' memory, or the slide, makes narrower is as
+    much taller: rows cost no memory, and the work stays the same.
     """
     strides = {spec.output_px: grid.heatmap_pixels_per_stride(spec.output_px) for spec in specs}
     dense = [output_px for output_px in strides if output_px > 1]
@@ -211,7 +212,7 @@ def choose_block(grid: TileGrid, specs: Sequence[ModelSpec], memory: int) -> tup
         return sum(canvases) <= memory * CANVAS_SHARE
 
     across = max(math.ceil(grid.heatmap_frame(output_px).shape[1] / strides[output_px]) for output_px in dense)
-    widest = min(side, across)
+    widest = min(side if grid.stride_px < grid.tile_px else side // 2, across)
     cols = next((cols for cols in range(widest, 1, -1) if fits(cols)), 1)
     return side * side // cols, cols
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from pathology.calls import Calls, Death, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
 from pathology.errors import first_line
+from pathology.heap import give_back
 from pathology.pulse import beat, show_in
 from pathology.watch import Limits, Pulses, death_by, killed_for_memory, overweight
 
@@ -64,6 +65,8 @@ _START = "import gc, sys; gc.disable(); sys.path[:] = sys.argv[6:]; from patholo
 LOOK_S = 0.25
 # One that was killed ends at once, unless it is in the middle of a call to a file system that does not answer: then it is left.
 END_S = 2.0
+# A process that infers and was asked nothing for so long gives freed memory back: a slide's end takes some in the other one.
+REST_S = 0.1
 # When memory runs out the system ends the process with the highest number: one of these, not the command that started them.
 OOM_SCORE = "500"
 
@@ -258,6 +261,34 @@ def _load(module: str, others: threading.Event, behind: bool) -> None:
     beat()
 
 
+class _Resting(ThreadPoolExecutor):
+    """Threads after whose work, once it has rested for a moment, freed memory is given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._under_way = 0
+        self._counting = threading.Lock()
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        self._count(1)
+        done = super().submit(function, *arguments, **named)
+        done.add_done_callback(lambda _: self._count(-1))
+        return done
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self._under_way += more
+            rests = not self._under_way
+        if rests:
+            waiting = threading.Timer(REST_S, self._rest)
+            waiting.daemon = True
+            waiting.start()
+
+    def _rest(self) -> None:
+        if not self._under_way:
+            give_back()
+
+
 def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
     """Work on the calls that come over `socket`, until its other end is closed or its holder is dead.
 
@@ -279,7 +310,7 @@ def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
         for module in others:
             importlib.import_module(module)
     loaded.set()
-    threads = ThreadPoolExecutor()
+    threads = _Resting() if kind == "device" else ThreadPoolExecutor()
     beside, shared = Connection(int(link)), SharedMemory(int(memory))
     if kind == "device":
         set_neighbour(Neighbour(Calls(beside), shared))

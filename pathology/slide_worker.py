@@ -27,6 +27,7 @@ from pathology.errors import EnvironmentFault, PathologyError, Reason, SlideErro
 from pathology.events import emit
 from pathology.faults import retried, share_fault
 from pathology.finish import TISSUE_FILES, finish, put_back, read_manifest, read_record, write_if_changed
+from pathology.heap import give_back
 from pathology.job import FREE, Job, is_of_one_slide, key_difference, key_of
 from pathology.job_slide import (
     keep,
@@ -116,6 +117,7 @@ def prepare_all(jobs: tuple[Job, ...], together: tuple[Job, ...]) -> tuple[Prepa
             prepared.append(prepare(job, together))
         except Exception as error:
             prepared.append(sendable(error))
+    give_back()  # pictures of the whole slide, in which tissue was found
     return tuple(prepared)
 
 
@@ -170,6 +172,7 @@ def finish_slide(job: Job) -> dict[str, Any]:
         record = committed
     else:
         record = _finish(job, slide, spec, work, plan)
+        give_back()  # pieces of the whole heatmap
     emit(Path(job.out), "slide-done", {**what, "status": record["status"], "reason": record["reason"]})
     return record
 

@@ -17,6 +17,7 @@ ORDER = [
     "pathology.errors",
     "pathology.clock",
     "pathology.pulse",
+    "pathology.heap",
     "pathology.geometry",
     "pathology.model",
     "pathology.encoding",

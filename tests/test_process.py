@@ -407,3 +407,27 @@ def test_one_that_cannot_be_ended_is_left_and_its_callers_are_told() -> None:
     assert told.death is Death.READ
     assert calls.gone
     theirs.close()
+
+
+def taken_and_let_go(count: int) -> tuple[int, int]:
+    """(process, bytes that it holds of memory of its own) after arrays of 16 MiB, `count` in all, of which a last one stays."""
+    arrays = [np.ones(2**24, np.uint8) for _ in range(count)]
+    kept_above_them.append(arrays[-1])
+    del arrays
+    return os.getpid(), own_bytes(os.getpid())
+
+
+kept_above_them: list[object] = []
+
+
+def own_bytes(process: int) -> int:
+    return int(psutil.Process(process).memory_full_info().uss)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's store of freed memory")
+def test_a_process_that_infers_gives_freed_memory_back_while_nothing_is_asked(pair: WorkerPair) -> None:
+    process, held = pair.call("device", taken_and_let_go, 16)
+    until = time.monotonic() + 30
+    while own_bytes(process) > held - 10 * 2**24 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert own_bytes(process) <= held - 10 * 2**24
