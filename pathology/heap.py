@@ -1,4 +1,4 @@
-"""Memory that was freed and is kept by the C library for what comes next (see `process.ENVIRONMENT`)."""
+"""Memory that was freed and is kept by the C library for what comes next (see `process.VARIABLES`)."""
 
 from __future__ import annotations
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 import math
 import multiprocessing
+import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from pathology import decide
 from pathology.batches import STRIP_PX, chunk_tiles, tiles_ahead
@@ -33,20 +35,38 @@ CACHE_SHARE = 8
 # The command itself and the process for slides while it waits, as measured (PSS): mostly Python, Dask, numpy and zarr.
 OTHER_PROCESSES_BYTES = 125 * 10**6
 # What that process takes for a slide's beginning and end, and freed memory that it keeps, as measured.
-SLIDE_BYTES = 135 * 10**6
+SLIDE_BYTES = 150 * 10**6
 
 
-def model_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
+def model_peak(jobs: Sequence[Job], modules: Sequence[str], variables: Mapping[str, str]) -> int:
     """Most bytes of a process that imports `modules`, loads the models of all jobs and runs one batch of made-up tiles of each.
 
-    Measured in a process of its own (Linux). Raises ModelError for a model that does not load or breaks its card.
+    Measured in a process of its own that begins with `variables` (Linux). Raises ModelError for a model that does not load or
+    breaks its card.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_own_peak, tuple(jobs), tuple(modules)).result()
+            with _set(variables):
+                peak = pool.submit(_own_peak, tuple(jobs), tuple(modules))
+            return peak.result()
         except BrokenProcessPool as error:
             named = ", ".join(job.model for job in jobs)
             raise ModelError(f"model {named} ended the process that tried it; try it on its own first") from error
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """For processes started meanwhile: a spawned one cannot be given any."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _own_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
 }
-OF_KIND: dict[Kind, dict[str, str]] = {"device": {"MALLOC_ARENA_MAX": "1"}, "slides": {}}
+VARIABLES: dict[Kind, dict[str, str]] = {"device": {**ENVIRONMENT, "MALLOC_ARENA_MAX": "1"}, "slides": ENVIRONMENT}
 # What a worker loads before it is asked, the first in a thread beside the others. For a device: torch, which takes longest. For
 # slides: what opens and reads one, and writes results.
 MODULES: dict[Kind, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ OOM_SCORE = "500"
 class WorkerPair:
     """The processes of one device. When one ends the other is ended too, and the next call finds two new ones.
 
-    environment  variables set there beside ENVIRONMENT, before a device is touched
+    environment  variables set there beside VARIABLES, before a device is touched
     limits       both are ended when they take more
     """
 
@@ -147,7 +147,7 @@ class _Started:
                 [sys.executable, "-c", _START, kind, *map(str, handed), *sys.path],
                 stdin=subprocess.DEVNULL,
                 pass_fds=handed,
-                env={**os.environ, **ENVIRONMENT, **OF_KIND[kind]},
+                env={**os.environ, **VARIABLES[kind]},
             )
             theirs.close()
             self._calls[kind] = Calls(ours, functools.partial(self._end_of, kind))

@@ -18,7 +18,7 @@ from pathology.job_slide import plan_slide
 from pathology.memory import model_peak, run_bound
 from pathology.model import ModelSpec
 from pathology.plan import Plan
-from pathology.process import MODULES
+from pathology.process import MODULES, VARIABLES
 from pathology.readers import open_slide
 from pathology.slide import SlideInfo
 from pathology.together import groups
@@ -90,7 +90,8 @@ def check(slides: Sequence[SlideEntry], models: Sequence[str], settings: Setting
                 raise found
             info, plans = found
             planned = [[(plans[p], theirs[p], of_slide[p]) for p in places] for places in groups(of_slide, theirs)]
-            peak = peak or model_peak([replace(j, threads=j.threads or core_count()) for j in of_slide], MODULES["device"])
+            counted = [replace(job, threads=job.threads or core_count()) for job in of_slide]
+            peak = peak or model_peak(counted, MODULES["device"], VARIABLES["device"])
             for job in of_slide:
                 together = next(group for group in planned if any(job is other for _, _, other in group))
                 yield _verdict(entry, info, job, together, peak)
