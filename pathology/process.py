@@ -267,6 +267,7 @@ class _Resting(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__()
         self._under_way = 0
+        self._rests = 0
         self._counting = threading.Lock()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
@@ -278,14 +279,15 @@ class _Resting(ThreadPoolExecutor):
     def _count(self, more: int) -> None:
         with self._counting:
             self._under_way += more
-            rests = not self._under_way
-        if rests:
-            waiting = threading.Timer(REST_S, self._rest)
-            waiting.daemon = True
-            waiting.start()
+            if self._under_way:
+                return
+            self._rests += 1
+        waiting = threading.Timer(REST_S, self._rest, (self._rests,))
+        waiting.daemon = True
+        waiting.start()
 
-    def _rest(self) -> None:
-        if not self._under_way:
+    def _rest(self, which: int) -> None:
+        if not self._under_way and which == self._rests:  # and nothing has been done since it began
             give_back()
 
 

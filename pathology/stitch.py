@@ -54,6 +54,8 @@ def blend_window(side: int, blend: Blend, margin: int = 0) -> NDArray[np.float32
     raise UsageError(f"blend {blend!r} is unknown; use hann, gaussian or constant")
 
 
+# What a canvas remembers of each tile that reaches into rows not handed out.
+BOX_BYTES = 200
 # Rows of the heatmap are handed out, staged and hashed in bands that end at multiples of this.
 BAND_PX = 64
 
@@ -84,11 +86,12 @@ class Canvas:
     def add(self, scores: NDArray[np.float32], y: int, x: int) -> None:
         """Add one tile's (C, h, w) scores whose corner lies at heatmap pixel (y, x); what falls outside the box is dropped.
 
-        Raises ValueError for a tile that begins above rows that were handed out.
+        Raises ValueError for a tile that begins above one that was added before, or above rows that were handed out.
         """
-        if y < self._final:
+        if y < max(self._final, self._tiles[-1].y if self._tiles else -math.inf):
             raise ValueError(
-                f"tile at heatmap row {y} after all rows above {self._final} were final; add tiles in row-major order"
+                f"tile at heatmap row {y} after one below it, or after all rows above {self._final} were final; "
+                "add tiles in row-major order"
             )
         tile = Box(y, x, *self._window.shape)
         for band in takewhile(lambda band: band.y < tile.y1, self._left):
@@ -144,4 +147,5 @@ def canvas_bytes(classes: int, output_px: int, h_stride: int, width: int) -> int
     sums = rows * width * classes * 8
     handed_out = BAND_PX * width * (classes * 4 + 8 + 1)  # means, weights, and where there are any
     adding = (output_px + classes * BAND_PX) * output_px * 8  # the window, and a tile's weighted scores in one band
-    return sums + handed_out + adding
+    places = ((output_px + BAND_PX) // h_stride + 1) * ((width + output_px) // h_stride) * BOX_BYTES
+    return sums + handed_out + adding + places

@@ -102,7 +102,7 @@ def make_jobs(slides: Sequence[SlideEntry], models: Mapping[str, ModelSpec], set
             heatmap_mpp=settings.heatmap_mpp,
             heatmap_dtype=settings.heatmap_dtype,
             device=device,
-            batch_size=_batch_size(settings, models[model]),
+            batch_size=_batch_size(settings, models[model], device),
             threads=settings.threads or 0,
             readers=settings.readers or 0,
             reader=settings.reader,
@@ -123,11 +123,13 @@ def make_jobs(slides: Sequence[SlideEntry], models: Mapping[str, ModelSpec], set
     ]
 
 
-def _batch_size(settings: Settings, spec: ModelSpec) -> int:
+def _batch_size(settings: Settings, spec: ModelSpec, device: str) -> int:
     """Tiles of a batch; 0: the worker is to find it."""
+    from pathology.cores import core_count
     from pathology.models.pieces import usual_batch
 
-    return 0 if settings.batch_size == "auto" else settings.batch_size or usual_batch(spec.input_px)
+    cores = settings.threads or core_count() if device == "cpu" else 1
+    return 0 if settings.batch_size == "auto" else settings.batch_size or usual_batch(spec.input_px, cores)
 
 
 def _path(path: Path | None) -> str | None:

@@ -180,7 +180,15 @@ def test_the_command_takes_auto(reference_job: Job, tmp_path: Path) -> None:
 def test_large_tiles_have_a_smaller_batch_unless_it_is_given(tile_px: int, expected: int, tmp_path: Path) -> None:
     model = f"pathology.testing:identity?tile_px={tile_px}"
     slide = SlideEntry(tmp_path / "slide.tiff", "slide", tmp_path)
-    for asked, size in ((None, expected), (7, 7), ("auto", 0)):
-        settings = Settings(out=tmp_path, batch_size=asked)
-        (job,) = make_jobs([slide], cards([model], settings), settings, "cpu")
+    for asked, threads, device, size in (
+        (None, 1, "cpu", expected),
+        (None, 12, "cpu", max(16, expected)),  # a piece for each
+        (None, 64, "cpu", 32),
+        (None, 12, "cuda", expected),
+        (7, 12, "cpu", 7),
+        ("auto", 12, "cpu", 0),
+    ):
+        settings = Settings(out=tmp_path, batch_size=asked, threads=threads)
+        (job,) = make_jobs([slide], cards([model], settings), settings, device)
         assert job.batch_size == size
+        assert size == 7 or not size or piece_tiles(size, tile_px) == piece_tiles(32, tile_px)

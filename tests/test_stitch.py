@@ -91,6 +91,14 @@ def test_canvas_weighs_by_the_window() -> None:
     assert mean[1].tolist() == [[2.0] * 6]
 
 
+def test_a_tile_above_the_one_before_it_is_refused_whose_weights_would_be_missed() -> None:
+    canvas, tile = Canvas(Box(0, 0, 100, 10), 1, blend_window(8, "hann")), np.ones((1, 8, 8), np.float32)
+    canvas.add(tile, 20, 0)
+    canvas.add(tile, 20, 4)
+    with pytest.raises(ValueError, match=r"tile at heatmap row 19 .* row-major order"):
+        canvas.add(tile, 19, 0)
+
+
 def test_a_tile_larger_than_the_box_gives_its_middle() -> None:
     box = Box(1, 2, 2, 1)
     canvas = Canvas(box, 1, blend_window(4, "hann"))

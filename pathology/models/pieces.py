@@ -29,10 +29,13 @@ PIECE_PX = 8 * 224**2
 USUAL, USUAL_PX = 32, 64 * 224**2
 
 
-def usual_batch(tile_px: int) -> int:
-    """Tiles of a batch unless it is given: a power of two, at most USUAL, of at most USUAL_PX pixels or a single tile."""
+def usual_batch(tile_px: int, cores: int = 1) -> int:
+    """Tiles of a batch unless it is given: a power of two, at most USUAL.
+
+    Of at most USUAL_PX pixels, unless `cores` that compute pieces are more than that has tiles. Pieces are the same for all.
+    """
     most = min(USUAL, max(1, USUAL_PX // tile_px**2))
-    return int(2 ** (most.bit_length() - 1))
+    return max(int(2 ** (most.bit_length() - 1)), min(USUAL, int(2 ** (cores - 1).bit_length())))
 
 
 def piece_tiles(batch_size: int, tile_px: int) -> int:
