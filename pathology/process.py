@@ -267,8 +267,9 @@ class _Resting(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__()
         self._under_way = 0
-        self._rests = 0
         self._counting = threading.Lock()
+        self._worked = threading.Event()
+        threading.Thread(target=self._watch, name="rest", daemon=True).start()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         self._count(1)
@@ -279,15 +280,13 @@ class _Resting(ThreadPoolExecutor):
     def _count(self, more: int) -> None:
         with self._counting:
             self._under_way += more
-            if self._under_way:
-                return
-            self._rests += 1
-        waiting = threading.Timer(REST_S, self._rest, (self._rests,))
-        waiting.daemon = True
-        waiting.start()
+        self._worked.set()
 
-    def _rest(self, which: int) -> None:
-        if not self._under_way and which == self._rests:  # and nothing has been done since it began
+    def _watch(self) -> None:
+        while self._worked.wait():
+            while self._worked.is_set() or self._under_way:
+                self._worked.clear()
+                time.sleep(REST_S)
             give_back()
 
 
