@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -145,27 +145,42 @@ def windows(slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int
     return (slide.window((y, x), size, shape, spec.read) for y, x in grid.l0_origins(tiles).tolist())
 
 
-def read_chunk(slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32]) -> Iterator[Pixels | None]:
-    """As `read_tiles`, in this thread, of tiles side by side, whose bytes are fetched together."""
+def read_chunk(
+    slide: Slide, spec: ModelSpec, grid: TileGrid, tiles: NDArray[np.int32], into: Pixels | None = None
+) -> Iterator[Pixels | None]:
+    """As `read_tiles`, in this thread, of tiles side by side, whose bytes are fetched together.
+
+    into  (n, input_px, input_px, 3) uint8 where they are put; None: new memory
+    """
     chunk = list(windows(slide, spec, grid, tiles))
     if len(chunk) > 1:
         slide.prefetch(chunk)
-    return (tile for row in strips(slide, chunk) for tile in _read(slide, row))
+    first = 0
+    for strip in strips(slide, chunk):
+        end = first + len(strip)
+        yield from _read(slide, strip, None if into is None else into[first:end])
+        first = end
 
 
 def strips(slide: Slide, windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """The windows, those in a row that touch and lie inside the slide together, as many as `STRIP_PX` allow."""
+    """The windows, those in a row that touch together, as many as `STRIP_PX` allow; alone what is not inside the slide."""
     strip: list[Window] = []
-    within = True
     for window in windows:
-        before, within = within, slide.inside(window)
-        together = strip and before and within and _touch(strip[-1], window) and _pixels(strip[0], window) <= STRIP_PX
-        if strip and not together:
-            yield strip
+        if strip and not (_touch(strip[-1], window) and _pixels(strip[0], window) <= STRIP_PX):
+            yield from _inside(slide, strip)
             strip = []
         strip.append(window)
-    if strip:
+    yield from _inside(slide, strip)
+
+
+def _inside(slide: Slide, strip: list[Window]) -> Iterator[list[Window]]:
+    """The strip, cut where it leaves the slide."""
+    if strip and slide.inside(strip[0]) and slide.inside(strip[-1]):
         yield strip
+        return
+    for inside, run in groupby(strip, slide.inside):
+        part = list(run)
+        yield from [part] if inside else ([window] for window in part)
 
 
 def _touch(left: Window, right: Window) -> bool:
@@ -227,14 +242,17 @@ class _LocalChunk:
         self.read.cancel()
 
 
-def _read(slide: Slide, strip: list[Window]) -> list[Pixels | None]:
+def _read(slide: Slide, strip: list[Window], into: Pixels | None) -> list[Pixels | None]:
     try:
-        return [*slide.read_strip(strip)]
+        return [*slide.read_strip(strip, into)]
     except SlideError as error:
         if error.reason is not Reason.CORRUPT_TILES:
             raise
-        # Of several only those are lost that hold the damage.
-        return [None] if len(strip) == 1 else [tile for window in strip for tile in _read(slide, [window])]
+    if len(strip) == 1:
+        return [None]
+    # Of several only those are lost that hold the damage.
+    slots = [None if into is None else into[place : place + 1] for place in range(len(strip))]
+    return [tile for window, slot in zip(strip, slots, strict=True) for tile in _read(slide, [window], slot)]
 
 
 def _rows(rows: NDArray[np.int32]) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathology.clock import current, timed
+from pathology.device import poisoned
 from pathology.errors import ModelError
 from pathology.model import Answer, Model, ModelSpec, QueuedModel, answer, begin
 from pathology.models.checks import check_scores, raised_by_model
@@ -377,10 +378,10 @@ class Predictor:
             self._recycle(batch)
 
     def _each_alone(self, batch: _Batch, error: Exception) -> list[NDArray[np.float32] | Exception]:
-        """Only the region whose tiles the model cannot take may fail: ask again for each alone."""
+        """Only the region whose tiles the model cannot take may fail: ask again for each alone, unless the device failed."""
         answers: list[NDArray[np.float32] | Exception] = [error] * len(batch.lanes)
         lanes = list(dict.fromkeys(batch.lanes))
-        for lane in lanes if len(lanes) > 1 else []:
+        for lane in lanes if len(lanes) > 1 and not poisoned(error) else []:
             slots = [slot for slot, owner in enumerate(batch.lanes) if owner is lane]
             alone = _Batch(np.zeros_like(batch.array), _empty_stains(self.model.spec, self.batch_size))
             alone.array[: len(slots)] = batch.array[slots]

@@ -7,6 +7,7 @@ distance from the picture's corner.)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Window:
     filter: Image.Resampling
     reduce: int = 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether the pixels of `box` are the tile's own: nothing to interpolate, and none beyond it."""
+        return self.box.shape == self.shape and self.crop == (0, 0, *self.shape)
+
 
 def tile_window(
     info: SlideInfo,
@@ -66,19 +72,30 @@ def tile_window(
 
     scales  whether a level's tiles may be decoded at 1 / factor (level, factor), which gives other pixels than the mean does
     """
-    ratio = max(l0_size[0] / shape[0], l0_size[1] / shape[1])
-    level = 0 if rule.level == "0" else level_for(info.level_downsamples, min(l0_size[0] / shape[0], l0_size[1] / shape[1]))
+    ratio, level = _level(info.level_downsamples, l0_size, shape, rule.level)
     downsample = info.level_downsamples[level]
     reduce = _reduction(rule, ratio / downsample, (l0_origin[0] / downsample, l0_origin[1] / downsample), level, scales)
     downsample *= reduce
     y0, x0 = l0_origin[0] / downsample, l0_origin[1] / downsample
     y1, x1 = (l0_origin[0] + l0_size[0]) / downsample, (l0_origin[1] + l0_size[1]) / downsample
     scale = ratio / downsample
-    filter = _filter(rule, scale, (y0, x0))
-    margin = math.ceil(FILTER_RADIUS[filter] * max(scale, 1.0)) if rule.margin and not _whole(filter, scale, (y0, x0)) else 0
+    on_raster = _on_raster(scale, y0, x0)
+    filter = _filter(rule, scale, on_raster)
+    # No pixel outside the tile can take part in an exact area mean, nor at scale 1 on whole pixels.
+    alone = on_raster and (filter is Image.Resampling.BOX or scale == 1)
+    margin = math.ceil(FILTER_RADIUS[filter] * max(scale, 1.0)) if rule.margin and not alone else 0
     top, left = math.floor(y0) - margin, math.floor(x0) - margin
     box = Box(top, left, math.ceil(y1) + margin - top, math.ceil(x1) + margin - left)
     return Window(level, box, (y0 - top, x0 - left, y1 - top, x1 - left), shape, filter, reduce)
+
+
+@functools.lru_cache(maxsize=64)
+def _level(
+    downsamples: tuple[float, ...], l0_size: tuple[float, float], shape: tuple[int, int], rule: str
+) -> tuple[float, int]:
+    """(level-0 px per px of a tile, the level it is read from): the same for all tiles of a slide."""
+    ratios = l0_size[0] / shape[0], l0_size[1] / shape[1]
+    return max(ratios), 0 if rule == "0" else level_for(downsamples, min(ratios))
 
 
 def level_for(downsamples: tuple[float, ...], ratio: float) -> int:
@@ -113,24 +130,19 @@ def _reduction(
             if factor <= scale * LEVEL_TOLERANCE and scales(level, factor):
                 return factor
     # On the factor's own raster alone, so that a source tile can be averaged by itself, once for all that share it.
-    if rule.filter == "area" and 1 < scale <= LARGEST_MEAN and _on_raster(scale, (origin[0] / scale, origin[1] / scale)):
+    if rule.filter == "area" and 1 < scale <= LARGEST_MEAN and _on_raster(scale, origin[0] / scale, origin[1] / scale):
         return round(scale)
     return 1
 
 
-def _filter(rule: ReadRule, scale: float, origin: tuple[float, float]) -> Image.Resampling:
+def _filter(rule: ReadRule, scale: float, on_raster: bool) -> Image.Resampling:
     if rule.filter == "bicubic":
         return Image.Resampling.BICUBIC
-    if rule.filter == "area" and scale > 1 and _on_raster(scale, origin):
+    if rule.filter == "area" and scale > 1 and on_raster:
         return Image.Resampling.BOX
     return Image.Resampling.BILINEAR
 
 
-def _on_raster(scale: float, origin: tuple[float, float]) -> bool:
+def _on_raster(scale: float, y: float, x: float) -> bool:
     """Whether every output pixel covers whole level pixels, so that a box filter is the exact area mean."""
-    return all(float(v).is_integer() for v in (scale, *origin))
-
-
-def _whole(filter: Image.Resampling, scale: float, origin: tuple[float, float]) -> bool:
-    """Whether no pixel outside the tile can take part: exact area mean, or scale 1 on whole pixels."""
-    return (filter is Image.Resampling.BOX or scale == 1) and _on_raster(scale, origin)
+    return float(scale).is_integer() and float(y).is_integer() and float(x).is_integer()

@@ -78,12 +78,13 @@ class Reader(Protocol):
 class TileReader(Reader, Protocol):
     """A reader that decodes a file's own tiles, and so can average each by itself and fetch neighbours together."""
 
-    def read_reduced(self, level: int, box: Box, factor: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) uint8 of `box` in pixels of the level reduced by a whole factor, wholly inside it; None: it cannot here."""
+    def read_boxes(self, level: int, boxes: Sequence[Box], factor: int, into: Sequence[NDArray[np.uint8]]) -> bool:
+        """Fill the (H, W, 3) arrays `into` with `boxes` of one row, in pixels of the level reduced by a whole factor and wholly
+        inside it; False: it cannot here."""
         ...
 
     def scales(self, level: int, factor: int) -> bool:
-        """Whether `read_reduced` gives pixels that only come near the mean, which the user asked for."""
+        """Whether `read_boxes` gives pixels that only come near the mean, which the user asked for."""
         ...
 
     def prefetch(self, windows: Iterable[tuple[int, Box, int]]) -> None:
@@ -179,14 +180,27 @@ class Slide:
         """(height, width, 3) uint8 of a window."""
         return self.read_strip([window])[0]
 
-    def read_strip(self, windows: Sequence[Window]) -> list[NDArray[np.uint8]]:
+    def read_strip(self, windows: Sequence[Window], into: NDArray[np.uint8] | None = None) -> list[NDArray[np.uint8]]:
         """`read_window` of each of windows of one row, read as one: of the same level, height and `reduce`, each beginning no
-        farther right than the one before it ends; several only where all are `inside`."""
+        farther right than the one before it ends; several only where all are `inside`.
+
+        into  (n, height, width, 3) uint8 where they are put; None: new memory
+        """
         first = windows[0]
+        if self._tiles is not None and all(w.plain for w in windows) and self.inside(first) and self.inside(windows[-1]):
+            tiles = list(np.empty((len(windows), *first.shape, 3), np.uint8) if into is None else into)
+            with under_way("read"):
+                if self._tiles.read_boxes(first.level, [w.box for w in windows], first.reduce, tiles):
+                    return tiles
         box = Box(first.box.y, first.box.x, first.box.height, windows[-1].box.x1 - first.box.x)
         pixels = self.read(first.level, box) if first.reduce == 1 else self._read_reduced(first.level, box, first.reduce)
         with timed("resample"):
-            return [resize(pixels[:, w.box.x - box.x : w.box.x1 - box.x], w) for w in windows]
+            tiles = [resize(pixels[:, w.box.x - box.x : w.box.x1 - box.x], w) for w in windows]
+            if into is None:
+                return tiles
+            for slot, tile in zip(into, tiles, strict=True):
+                slot[...] = tile
+            return list(into)
 
     def inside(self, window: Window) -> bool:
         """Whether all that the window reads lies on the slide."""
@@ -216,10 +230,10 @@ class Slide:
         """`box` in pixels of the level reduced by `factor`."""
         whole = _whole(box, factor)
         if self._tiles is not None and self._holds(level, whole):
+            pixels = np.empty((*box.shape, 3), np.uint8)
             with under_way("read"):
-                pixels = self._tiles.read_reduced(level, box, factor)
-            if pixels is not None:
-                return pixels
+                if self._tiles.read_boxes(level, [box], factor, [pixels]):
+                    return pixels
         full = self.read(level, whole)
         with timed("resample"):
             return reduced(full, factor)

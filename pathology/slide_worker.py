@@ -218,13 +218,10 @@ def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     assert beside is not None
     shape = (len(tiles), spec.input_px, spec.input_px, 3)
     block = beside.memory.array(place, math.prod(shape)).reshape(shape)
-    clock, readable = Clock(), []
+    clock = Clock()
     with counting(clock):
-        for slot, tile in zip(block, read_chunk(slide, spec, grid, tiles), strict=True):
-            readable.append(tile is not None)
-            if tile is not None:
-                slot[...] = tile
-    return ChunkRead(tuple(readable), clock.seconds(), slide.slow)
+        readable = tuple(tile is not None for tile in read_chunk(slide, spec, grid, tiles, block))
+    return ChunkRead(readable, clock.seconds(), slide.slow)
 
 
 @run_by(lambda job, *_: pool(job.readers).fetch)

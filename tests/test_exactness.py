@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pathology import open_slide
-from pathology.batches import ReadPool, read_tiles, strips, tiles_ahead, windows
+from pathology.batches import ReadPool, read_chunk, read_tiles, strips, tiles_ahead, windows
 from pathology.errors import ModelError, Reason, SlideError, UsageError
 from pathology.geometry import Box
 from pathology.grid import TileGrid
@@ -33,7 +33,7 @@ from pathology.predictor import Predictor, predict_in_order
 from pathology.stitch import Blend
 from pathology.testing import array_slide, constant, identity, mean_colour
 from pathology.work import Work
-from tests.slides import noise_pixels, smooth_pixels, write_tiff
+from tests.slides import corrupt_tile, noise_pixels, smooth_pixels, write_tiff
 from tests.whole import heatmap, plan_for
 
 BLENDS = st.sampled_from(["hann", "gaussian", "constant"])
@@ -363,6 +363,27 @@ def test_tiles_that_touch_in_a_row_are_read_as_one(tile_px: int, stride: int, ch
     wanted = windows(slide, model.spec, grid, tiles)
     numbers = iter(chosen)
     assert [[next(numbers) for _ in strip] for strip in strips(slide, wanted)] == read
+
+
+@pytest.mark.parametrize("mpp", [0.5, 1.0, 0.7])  # the tile's own pixels, means of them, resized
+@pytest.mark.parametrize("stride", [32, 24])
+def test_tiles_read_into_memory_that_is_there_are_the_same(mpp: float, stride: int, tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "s.svs", [noise_pixels(300, 300)], mpp=0.5, tile_px=48)
+    corrupt_tile(path, 10)
+    spec = replace(mean_colour(tile_px=32).spec, mpp=mpp)
+    with open_slide(path, reader="direct") as slide:
+        grid = TileGrid(slide.info.shape, 0.5, mpp, 32, stride)
+        bad = 0
+        for row in range(grid.shape[0]):  # over the slide's edges as well
+            tiles = np.array([(row, col) for col in range(grid.shape[1])], np.int32)
+            room = np.zeros((len(tiles), 32, 32, 3), np.uint8)
+            into = list(read_chunk(slide, spec, grid, tiles, room))
+            for slot, tile, place in zip(room, into, tiles, strict=True):
+                (alone,) = read_chunk(slide, spec, grid, place[None])
+                bad += alone is None
+                assert (tile is None) == (alone is None)
+                assert alone is None or (np.shares_memory(tile, slot) and np.array_equal(slot, alone))
+        assert 0 < bad < grid.shape[0] * grid.shape[1] / 4
 
 
 def test_a_regions_memory_follows_its_width_and_stays_within_the_bound(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -198,6 +199,29 @@ def test_an_error_fails_only_the_region_whose_tiles_raise_it(predictor: Predicto
             assert str(result) == "model mean-colour raised ValueError: a tile of 13"
         else:
             assert result == reference[place]
+
+
+class BrokenOnce(Watched):
+    """Its device fails at the first call; at others it answers, as a device that failed may, whatever that is worth."""
+
+    def __call__(self, tiles: Tile) -> NDArray[np.float32]:
+        answers = super().__call__(tiles)
+        if len(self.batches) == 1:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return answers
+
+
+def test_a_device_that_failed_is_asked_nothing_more_for_the_regions_of_that_batch() -> None:
+    model, begun = BrokenOnce(), threading.Barrier(2)
+
+    def tiles(seed: int) -> Iterator[Tile]:
+        begun.wait(JOIN_S)
+        yield from noise(BATCH // 2, seed)
+
+    with closing(Predictor(model, BATCH)) as predictor, ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(collect, lambda seed=seed: list(predictor.predict(tiles(seed)))) for seed in range(2)]
+        assert [type(future.result(JOIN_S)) for future in futures] == [torch.AcceleratorError] * 2
+    assert len(model.batches) == 1
 
 
 def test_a_reader_that_fails_ends_its_own_region_only(predictor: Predictor) -> None:

@@ -111,12 +111,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     count, lock = Counted(), threading.Lock()
     read_strip, decode, begin = Slide.read_strip, DirectReader._decode, slide_worker.prepare_all
 
-    def reading(self: Slide, windows: Any) -> Any:
+    def reading(self: Slide, windows: Any, *into: Any) -> Any:
         with lock:
             count.tiles += len(windows)
         count.regions.reading = True
         try:
-            return read_strip(self, windows)
+            return read_strip(self, windows, *into)
         finally:
             count.regions.reading = False
 
@@ -304,10 +304,10 @@ def test_a_model_that_kills_its_worker_fails_alone(tmp_path: Path) -> None:
 def test_bad_tiles_are_bad_for_all(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_strip = Slide.read_strip
 
-    def damaged(self: Slide, windows: Any) -> Any:
+    def damaged(self: Slide, windows: Any, *into: Any) -> Any:
         if any(not window.box.intersect(Box(70, 70, 8, 8)).empty for window in windows):
             raise SlideError(Reason.CORRUPT_TILES, "cannot be decoded")
-        return read_strip(self, windows)
+        return read_strip(self, windows, *into)
 
     monkeypatch.setattr(Slide, "read_strip", damaged)
     for out, chosen in (("apart", [(MEAN,), (DENSE,)]), ("both", [(MEAN, DENSE)])):
@@ -318,7 +318,7 @@ def test_bad_tiles_are_bad_for_all(slide: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("error", [SlideError(Reason.READ_ERROR, "the share is gone"), ValueError("a bug")])
 def test_what_ends_reading_ends_all(error: Exception, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(self: Slide, windows: Any) -> Any:
+    def gone(self: Slide, windows: Any, *into: Any) -> Any:
         raise error
 
     monkeypatch.setattr(Slide, "read_strip", gone)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,7 +114,8 @@ class DirectReader:
         height, width = self._levels[level].codec.shape
         if box.height * box.width > MANY_TILES * height * width:
             self.prefetch([(level, box, 1)])
-        pixels, missing = self._assembled(level, box, 1)
+        pixels = np.empty((*box.shape, 3), np.uint8)
+        missing = self._fill(level, [box], 1, [pixels])
         if not missing:
             return pixels, None
         valid = np.ones(box.shape, np.bool_)
@@ -122,44 +123,47 @@ class DirectReader:
             valid[part.slices(box)] = False
         return pixels, valid
 
-    def read_reduced(self, level: int, box: Box, factor: int) -> Pixels | None:
-        """(H, W, 3) uint8 of `box` in pixels of the level reduced by `factor`, wholly inside it; None: tiles do not divide.
+    def read_boxes(self, level: int, boxes: Sequence[Box], factor: int, into: Sequence[Pixels]) -> bool:
+        """Fill the (H, W, 3) arrays `into` with `boxes` of one row, in pixels of the level reduced by `factor` and inside it.
 
         Means of factor x factor pixels, rounded once; of a reader opened as fast, JPEG's scaled decoding where there is one.
+        False where tiles do not divide: nothing was read.
         """
         if any(side % factor for side in self._levels[level].codec.shape):
-            return None
-        return self._assembled(level, box, factor)[0]
+            return False
+        self._fill(level, boxes, factor, into)
+        return True
 
-    def _assembled(self, level: int, box: Box, factor: int) -> tuple[Pixels, list[Box]]:
-        """`box`, in pixels of the level reduced by `factor`, from the tiles under it; what the file lacks is white, listed."""
+    def _fill(self, level: int, boxes: Sequence[Box], factor: int, into: Sequence[Pixels]) -> list[Box]:
+        """As `read_boxes`, from the tiles under the boxes; what the file lacks is white, and listed."""
         decode, source = functools.partial(self._decode, self._open()), self._levels[level]
         height, width = source.codec.shape[0] // factor, source.codec.shape[1] // factor
-        pixels, missing = np.empty((*box.shape, 3), np.uint8), []
+        y0, y1, missing = boxes[0].y, boxes[0].y1, list[Box]()
         # In plain numbers, and what all rows share made once: this loop runs for every tile under every window.
         columns = []
-        for col in range(box.x // width, -(-box.x1 // width)):
-            x, x1 = max(col * width, box.x), min((col + 1) * width, box.x1)
-            columns.append((col, slice(x - box.x, x1 - box.x), slice(x - col * width, x1 - col * width)))
-        for row in range(box.y // height, -(-box.y1 // height)):
-            y, y1 = max(row * height, box.y), min((row + 1) * height, box.y1)
-            to, of, first = slice(y - box.y, y1 - box.y), slice(y - row * height, y1 - row * height), row * source.across
-            stored = []
-            for column in columns:
-                if source.stored[first + column[0]]:
-                    stored.append(column)
-                    continue
-                pixels[to, column[1]] = WHITE
-                missing.append(Box(y, box.x + column[1].start, y1 - y, column[1].stop - column[1].start))
-            tiles = self._cache.get([(level, first + col, factor) for col, _, _ in stored], decode)
-            for (col, to_x, of_x), tile in zip(stored, tiles, strict=True):
-                if isinstance(tile, Corrupt):
+        for box, pixels in zip(boxes, into, strict=True):
+            for col in range(box.x // width, -(-box.x1 // width)):
+                x, x1 = max(col * width, box.x), min((col + 1) * width, box.x1)
+                columns.append((col, pixels, slice(x - box.x, x1 - box.x), slice(x - col * width, x1 - col * width)))
+        across = sorted({col for col, *_ in columns})
+        for row in range(y0 // height, -(-y1 // height)):
+            top, end, first = max(row * height, y0), min((row + 1) * height, y1), row * source.across
+            to, of = slice(top - y0, end - y0), slice(top - row * height, end - row * height)
+            stored = [col for col in across if source.stored[first + col]]
+            tiles = dict(zip(stored, self._cache.get([(level, first + col, factor) for col in stored], decode), strict=True))
+            for col, pixels, to_x, of_x in columns:
+                tile = tiles.get(col)
+                if tile is None:
+                    pixels[to, to_x] = WHITE
+                    missing.append(Box(top, col * width + of_x.start, end - top, of_x.stop - of_x.start))
+                elif isinstance(tile, Corrupt):
                     raise self._corrupt(level, first + col, tile)
-                pixels[to, to_x] = tile[of, of_x]
-        return pixels, missing
+                else:
+                    pixels[to, to_x] = tile[of, of_x]
+        return missing
 
     def scales(self, level: int, factor: int) -> bool:
-        """Whether `read_reduced` gives scaled JPEG here: opened as fast, and of a codec and tile size that can."""
+        """Whether `read_boxes` gives scaled JPEG here: opened as fast, and of a codec and tile size that can."""
         return self._fast and self._levels[level].codec.scales(factor)
 
     def prefetch(self, windows: Iterable[tuple[int, Box, int]]) -> None:
@@ -168,10 +172,9 @@ class DirectReader:
         wanted: dict[tuple[int, int], tuple[int, int]] = {}
         for number, box, factor in self._joined(windows):
             level = self._levels[number]
-            for index in level.under(box, factor):
-                tile = (number, index)
-                if level.stored[index] and tile not in wanted and (number, index, factor) not in self._cache:
-                    wanted[tile] = int(level.places[index]), int(level.sizes[index])
+            under = [(number, index, factor) for index in level.under(box, factor) if level.stored[index]]
+            for _, index, _ in self._cache.lacking(under):
+                wanted[number, index] = int(level.places[index]), int(level.sizes[index])
         with self._lock:
             missing = sorted((*span, tile) for tile, span in wanted.items() if tile not in self._fetched)
         for first, end, tiles in merged(missing):
@@ -204,25 +207,28 @@ class DirectReader:
 
     def _joined(self, windows: Iterable[tuple[int, Box, int]]) -> Iterator[tuple[int, Box, int]]:
         """The windows, neighbours in a row as one, cut to where whole tiles are reduced by themselves."""
-        last: tuple[int, Box, int] | None = None
-        for number, window, factor in windows:
-            level = self._levels[number]
-            if any(side % factor for side in level.codec.shape):
+        row: tuple[int, int, int, int] | None = None
+        x = x1 = 0
+        for number, box, factor in windows:
+            joins = row == (number, factor, box.y, box.height)
+            if joins and x - box.width <= box.x <= x1 + self._levels[number].codec.shape[1] // factor:
+                x, x1 = min(x, box.x), max(x1, box.x + box.width)
                 continue
-            box = window.intersect(Box(0, 0, level.shape[0] // factor, level.shape[1] // factor))
-            if box.empty:
-                continue
-            if last is not None:
-                before = last[1]
-                gap = box.x - before.x1
-                same = (last[0], last[2], before.y, before.height) == (number, factor, box.y, box.height)
-                if same and -before.width <= gap <= level.codec.shape[1] // factor:
-                    last = number, Box(box.y, before.x, box.height, max(before.x1, box.x1) - before.x), factor
-                    continue
-                yield last
-            last = number, box, factor
-        if last is not None:
-            yield last
+            yield from self._cut(row, x, x1)
+            row, x, x1 = (number, factor, box.y, box.height), box.x, box.x + box.width
+        yield from self._cut(row, x, x1)
+
+    def _cut(self, row: tuple[int, int, int, int] | None, x: int, x1: int) -> Iterator[tuple[int, Box, int]]:
+        """(level, box, factor) of what lies between columns `x` and `x1` of a row (level, factor, y, height), if anything."""
+        if row is None:
+            return
+        number, factor, y, height = row
+        level = self._levels[number]
+        if any(side % factor for side in level.codec.shape):
+            return
+        box = Box(y, x, height, x1 - x).intersect(Box(0, 0, level.shape[0] // factor, level.shape[1] // factor))
+        if not box.empty:
+            yield number, box, factor
 
     def _open(self) -> _File:
         if self._file is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -32,10 +32,10 @@ class TileCache(Generic[Name]):
         self._kept: OrderedDict[Name, Pixels | Corrupt] = OrderedDict()
         self._making: set[Name] = set()
 
-    def __contains__(self, name: Name) -> bool:
-        """Whether the tile is kept or being made."""
+    def lacking(self, names: Iterable[Name]) -> list[Name]:
+        """Those of the tiles that are neither kept nor being made."""
         with self._lock:
-            return name in self._kept or name in self._making
+            return [name for name in names if name not in self._kept and name not in self._making]
 
     def get(self, names: Sequence[Name], make: Callable[[Name], Pixels]) -> list[Pixels | Corrupt]:
         """The tiles called `names`, in order: by `make` those that are neither kept nor being made for another thread.
