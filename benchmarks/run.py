@@ -21,8 +21,8 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from benchmarks import peers  # noqa: E402  # the paths above come first
 from benchmarks.measure import Cost, measure  # noqa: E402
 from benchmarks.page import EXACT, Rounds, Row, page  # noqa: E402
 from benchmarks.slides import SLIDES, build  # noqa: E402
+from pathology.process import VARIABLES  # noqa: E402
 
 CACHE = ROOT / ".cache" / "benchmarks"
 HERE = ROOT / "benchmarks"
@@ -62,6 +63,7 @@ class Choice:
     networks, slides  empty: the part's own
     only              pieces of names of contestants; empty: all
     ours              sets of options with which `pathology run` takes part once more
+    keep              told all rounds so far when one has ended
     """
 
     runs: int
@@ -69,6 +71,7 @@ class Choice:
     slides: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     ours: tuple[str, ...] = ()
+    keep: Callable[[Rounds], None] = lambda _: None
 
 
 # --- slides and tiles
@@ -188,9 +191,9 @@ def emptied(who: str) -> Path:
     return folder
 
 
-def script(*arguments: str, python: Path | str = PYTHON) -> Row:
-    """The JSON object that a script of this folder prints last."""
-    cost = measure([str(python), *arguments], ENVIRONMENT)
+def script(*arguments: str, python: Path | str = PYTHON, variables: Mapping[str, str] | None = None) -> Row:
+    """The JSON object that a script of this folder prints last. `variables`: of its environment, beside the usual ones."""
+    cost = measure([str(python), *arguments], {**ENVIRONMENT, **(variables or {})})
     facts: Row = json.loads(cost.output.strip().splitlines()[-1])
     return facts
 
@@ -213,6 +216,7 @@ def alternately(contests: dict[str, dict[str, Contestant]], choice: Choice) -> R
                 rounds[title][name].append(row)
                 figures = "  ".join(f"{figure} {value:.4g}" for figure, value in row.items())
                 print(f"  {number + 1}/{choice.runs}  {title:<18} {name:<20} {figures}", flush=True)
+        choice.keep(rounds)
     return rounds
 
 
@@ -241,7 +245,10 @@ def reading(choice: Choice) -> Rounds:
         corners, mpp = str(first_tiles(name)), SLIDES[name].mpp
 
         def one(reader: str, python: Path | str = PYTHON, name: str = name, corners: str = corners, mpp: float = mpp) -> Row:
-            return script(str(HERE / "reading.py"), reader, str(slide(name)), corners, "--mpp", str(mpp), python=python)
+            # Ours as in the process that reads for a run.
+            variables = VARIABLES["slides"] if reader.startswith("ours") else None
+            asked = (reader, str(slide(name)), corners, "--mpp", str(mpp))
+            return script(str(HERE / "reading.py"), *asked, python=python, variables=variables)
 
         contestants: dict[str, Contestant] = {"OpenSlide per tile": functools.partial(one, "openslide")}
         contestants[EXACT] = functools.partial(one, "ours")
@@ -357,6 +364,13 @@ def machine() -> str:
     return f"Measured on {CORES} cores ({processor}), Python {platform.python_version()}, {libraries}."
 
 
+def keep(path: Path, known: dict[str, Any], part: str, rounds: Rounds) -> None:
+    """Put the rounds of a part in place of those `known` of the same contests, and write all to `path`."""
+    known["parts"].setdefault(part, {}).update(rounds)
+    known |= {"machine": machine(), "cores": CORES, "missing": sorted(MISSING | {*known["missing"]})}
+    path.write_text(json.dumps(known, indent=1))
+
+
 def quick(choice: Choice) -> None:
     """Every script once on small slides, to see that all still run."""
     for part, slides in ((reading, ("s20small", "s40small")), (roofs, ("s20small",)), (whole, ("s20small", "s40small"))):
@@ -395,9 +409,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"parts": {}, "missing": []}
     for part in () if options.page else options.parts or PARTS:
         print(PARTS[part].__doc__, flush=True)
-        known["parts"].setdefault(part, {}).update(PARTS[part](choice))
-        known |= {"machine": machine(), "cores": CORES, "missing": sorted(MISSING | {*known["missing"]})}
-        kept.write_text(json.dumps(known, indent=1))
+        PARTS[part](replace(choice, keep=functools.partial(keep, kept, known, part)))
     if "machine" not in known:
         parser.error(f"{kept} does not exist: nothing has been measured yet")
     written = ROOT / "docs" / "benchmarks.md"
