@@ -26,7 +26,7 @@ from pathology.slide import Slide
 Pixels = NDArray[np.uint8]
 
 # Tiles are read by the chunk: handing each over to a thread by itself costs as much as copying it.
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**21
 CHUNKS_AHEAD = 2
 # Of tiles side by side so many of a level's pixels are read as one: what lies under the border of two is then looked up once.
 STRIP_PX = 5 * 2**18

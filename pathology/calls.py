@@ -18,12 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pathology.errors import PathologyError
+
+if TYPE_CHECKING:  # processes are started with this, and load it while they run
+    import numpy as np
+    from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -199,6 +200,8 @@ class SharedMemory:
 
     def array(self, place: int, count: int) -> NDArray[np.uint8]:
         """(count,) uint8: the block itself."""
+        import numpy as np
+
         with self._lock:
             if place not in self._mapped:
                 mapped = mmap.mmap(self._descriptor, _pages(count), offset=place)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 from pathology.errors import ModelError
+
+if TYPE_CHECKING:  # the command's start waits for what it imports
+    import numpy as np
+    from numpy.typing import NDArray
 
 # "": RGB; else what the network is given instead: see `pathology.stain.parameters`.
 StainInput = Literal["", "macenko", "eosin-haematoxylin-od"]

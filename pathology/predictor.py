@@ -42,7 +42,7 @@ class Spent:
     """What a predictor has done so far.
 
     calls       batches computed; `padded`: their slots that held no tile
-    copy_s      seconds of copying tiles into batches, summed over the threads that hand them in
+    copy_s      seconds of copying tiles into batches, summed over the regions that have ended
     model_s     seconds in which the model had at least one batch: its busy time
     waiting_s   seconds in which it had none although regions were under way
     """
@@ -129,6 +129,7 @@ class _Lane:
         self.clock = current()
         self.stain = stain
         self.waiting = 0
+        self.copy_s = 0.0
         self.answers: deque[NDArray[np.float32]] = deque()
         self.error: BaseException | None = None
         self.closed = False
@@ -229,6 +230,9 @@ class Predictor:
             with self._lock:
                 lane.closed = True
                 self._lanes.discard(lane)
+                self._copy_s += lane.copy_s
+            if lane.clock is not None:
+                lane.clock.add("copy", lane.copy_s)
 
     # What regions do, in their threads.
 
@@ -257,9 +261,7 @@ class Predictor:
             batch.stains[slot] = lane.stain
         took = perf_counter() - began
         with self._lock:
-            self._copy_s += took
-            if lane.clock is not None:
-                lane.clock.add("copy", took)
+            lane.copy_s += took
             batch.filled += 1
             if batch.filled == self.batch_size:
                 self._work.notify()

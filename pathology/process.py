@@ -228,9 +228,15 @@ def prestart() -> None:
 
 def load_behind(*modules: str) -> None:
     """Import modules, and leave the cores to who loads torch meanwhile: no region begins before that is there."""
-    with ThreadPoolExecutor(1, initializer=_step_back) as loader:
-        for module in modules:
-            loader.submit(importlib.import_module, module).result()
+    collecting = gc.isenabled()
+    gc.disable()  # as for `_START`
+    try:
+        with ThreadPoolExecutor(1, initializer=_step_back) as loader:
+            for module in modules:
+                loader.submit(importlib.import_module, module).result()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _step_back() -> None:

@@ -55,7 +55,7 @@ def blend_window(side: int, blend: Blend, margin: int = 0) -> NDArray[np.float32
 
 
 # What a canvas remembers of each tile that reaches into rows not handed out.
-BOX_BYTES = 200
+CORNER_BYTES = 120
 # Rows of the heatmap are handed out, staged and hashed in bands that end at multiples of this.
 BAND_PX = 64
 
@@ -79,8 +79,8 @@ class Canvas:
         self._classes = classes
         self._window = window.astype(np.float64)
         self._left = deque(bands(box))  # not handed out
-        self._open: dict[Box, NDArray[np.float64]] = {}  # their sums, once touched
-        self._tiles: deque[Box] = deque()  # that reach into bands not handed out, as they came
+        self._open: dict[int, NDArray[np.float64]] = {}  # their sums, once touched, by their first row
+        self._tiles: deque[tuple[int, int]] = deque()  # corners of those that reach into bands not handed out, as they came
         self._final = -math.inf  # rows above are final
 
     def add(self, scores: NDArray[np.float32], y: int, x: int) -> None:
@@ -88,21 +88,31 @@ class Canvas:
 
         Raises ValueError for a tile that begins above one that was added before, or above rows that were handed out.
         """
-        if y < max(self._final, self._tiles[-1].y if self._tiles else -math.inf):
+        if y < max(self._final, self._tiles[-1][0] if self._tiles else -math.inf):
             raise ValueError(
                 f"tile at heatmap row {y} after one below it, or after all rows above {self._final} were final; "
                 "add tiles in row-major order"
             )
-        tile = Box(y, x, *self._window.shape)
-        for band in takewhile(lambda band: band.y < tile.y1, self._left):
-            inside = tile.intersect(band)
-            if inside.empty:
-                continue
-            if band not in self._open:
-                self._open[band] = np.zeros((self._classes, *band.shape))
-            on_band, on_tile = inside.slices(band), inside.slices(tile)
-            self._open[band][:, *on_band] += self._window[on_tile] * scores[:, *on_tile]
-        self._tiles.append(tile)
+        for band in takewhile(lambda band: band.y < y + len(self._window), self._left):
+            if common := self._common(band, y, x):
+                on_band, on_tile = common
+                if band.y not in self._open:
+                    self._open[band.y] = np.zeros((self._classes, *band.shape))
+                self._open[band.y][:, *on_band] += self._window[on_tile] * scores[:, *on_tile]
+        self._tiles.append((y, x))
+
+    def _common(self, band: Box, y: int, x: int) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
+        """What `band` and the tile at (y, x) have in common, as slices of either; None for nothing.
+
+        In plain numbers: it is asked for every tile.
+        """
+        height, width = self._window.shape
+        top, end = max(y, band.y), min(y + height, band.y1)
+        left, right = max(x, band.x), min(x + width, band.x1)
+        if top >= end or left >= right:
+            return None
+        on_band = slice(top - band.y, end - band.y), slice(left - band.x, right - band.x)
+        return on_band, (slice(top - y, end - y), slice(left - x, right - x))
 
     def final(self, row: int) -> Iterator[NDArray[np.float32]]:
         """The bands above heatmap row `row` that were not handed out yet, given that no tile to come begins above it.
@@ -115,22 +125,21 @@ class Canvas:
             # Where nothing fell the NaN is the one that every array here is filled with, not that of 0/0, whose sign
             # depends on the processor.
             mean = np.full((self._classes, *band.shape), np.nan, np.float32)
-            if band in self._open:
+            if band.y in self._open:
                 weights = self._weights(band)
                 # Divided in float64, rounded once.
-                np.divide(self._open.pop(band), weights, out=mean, where=weights > 0, casting="same_kind")
+                np.divide(self._open.pop(band.y), weights, out=mean, where=weights > 0, casting="same_kind")
                 del weights
-            while self._tiles and self._tiles[0].y1 <= band.y1:
+            while self._tiles and self._tiles[0][0] + len(self._window) <= band.y1:
                 self._tiles.popleft()
             yield mean
 
     def _weights(self, band: Box) -> NDArray[np.float64]:
         """(h, w) sums of the weights of all tiles in `band`, added in their order."""
         weights = np.zeros(band.shape)
-        for tile in takewhile(lambda tile: tile.y < band.y1, self._tiles):
-            inside = tile.intersect(band)
-            if not inside.empty:
-                weights[inside.slices(band)] += self._window[inside.slices(tile)]
+        for y, x in takewhile(lambda tile: tile[0] < band.y1, self._tiles):
+            if common := self._common(band, y, x):
+                weights[common[0]] += self._window[common[1]]
         return weights
 
 
@@ -147,5 +156,5 @@ def canvas_bytes(classes: int, output_px: int, h_stride: int, width: int) -> int
     sums = rows * width * classes * 8
     handed_out = BAND_PX * width * (classes * 4 + 8 + 1)  # means, weights, and where there are any
     adding = (output_px + classes * BAND_PX) * output_px * 8  # the window, and a tile's weighted scores in one band
-    places = ((output_px + BAND_PX) // h_stride + 1) * ((width + output_px) // h_stride) * BOX_BYTES
+    places = ((output_px + BAND_PX) // h_stride + 1) * ((width + output_px) // h_stride) * CORNER_BYTES
     return sums + handed_out + adding + places

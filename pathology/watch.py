@@ -13,13 +13,15 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from pathology.calls import Death, WorkerDied, shared_file
 from pathology.cores import memory_bytes
 from pathology.pulse import PAGE_BYTES, SLOTS, TICKS, WORDS, Kind
+
+if TYPE_CHECKING:  # as in `calls`: it is loaded while the processes start
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Of the machine's memory, or the cgroup's; who takes more will be killed by the system, or have something else be killed.
 MEMORY_SHARE = 0.9
@@ -60,10 +62,9 @@ class Pulses:
     def __init__(self, count: int) -> None:
         self.descriptor = shared_file()
         os.ftruncate(self.descriptor, count * PAGE_BYTES)
-        mapped = mmap.mmap(self.descriptor, count * PAGE_BYTES, prot=mmap.PROT_READ)
-        self._words: NDArray[np.uint64] = np.frombuffer(mapped, np.uint64).reshape(count, WORDS)
-        self._last = self._words.copy()
-        self._stood: NDArray[np.float64] = np.zeros(self._last.shape)
+        self._mapped = mmap.mmap(self.descriptor, count * PAGE_BYTES, prot=mmap.PROT_READ)
+        self._last: NDArray[np.uint64] | None = None  # as nobody has looked yet
+        self._stood: NDArray[np.float64]
         self._still = 0.0
 
     def overdue(self, passed: float, busy: bool, limits: Limits) -> WorkerDied | None:
@@ -71,7 +72,11 @@ class Pulses:
 
         busy  anything is being waited for
         """
-        now = self._words.copy()
+        import numpy as np
+
+        now = np.frombuffer(self._mapped, np.uint64).reshape(-1, WORDS).copy()
+        if self._last is None:  # nothing has come on before
+            self._last, self._stood = np.zeros_like(now), np.zeros(now.shape)
         self._stood = np.where((now == self._last) & (now > 0), self._stood + passed, 0.0)
         self._still = self._still + passed if busy and (now[:, 0] == self._last[:, 0]).all() else 0.0
         self._last = now

@@ -150,6 +150,8 @@ def run(
         from pathology.process import load_behind, prestart
 
         prestart()
+        # Here numpy only plans: more threads of its linear algebra would spin on cores that the processes start on.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         load_behind("pipelines.batch")
     from pathology.watch import Limits
     from pipelines.batch import Conduct, run_batch

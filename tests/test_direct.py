@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -389,9 +389,9 @@ def test_merged_reads_cover_every_span_once(places: list[tuple[int, int]]) -> No
 def test_a_cache_of_one_makes_again_what_it_forgot() -> None:
     cache, made = TileCache[str](100), []
 
-    def make(name: str) -> Pixels:
-        made.append(name)
-        return np.zeros(80, np.uint8)
+    def make(names: Sequence[str]) -> list[Pixels]:
+        made.extend(names)
+        return [np.zeros(80, np.uint8) for _ in names]
 
     for name in "aabbab":
         cache.get([name], make)
@@ -401,9 +401,9 @@ def test_a_cache_of_one_makes_again_what_it_forgot() -> None:
 def test_tiles_come_in_the_order_asked_for_though_some_are_forgotten_meanwhile() -> None:
     cache, made = TileCache[int](100), []
 
-    def make(name: int) -> Pixels:
-        made.append(name)
-        return np.full(80, name, np.uint8)
+    def make(names: Sequence[int]) -> list[Pixels]:
+        made.extend(names)
+        return [np.full(80, name, np.uint8) for name in names]
 
     cache.get([2], make)
     assert [tile[0] for tile in cache.get([3, 2, 1, 0], make) if not isinstance(tile, Corrupt)] == [3, 2, 1, 0]
@@ -413,10 +413,10 @@ def test_tiles_come_in_the_order_asked_for_though_some_are_forgotten_meanwhile()
 def test_threads_that_want_the_same_tile_wait_for_the_one_that_makes_it() -> None:
     cache, made, gate = TileCache[str](10**6), [], threading.Event()
 
-    def make(name: str) -> Pixels:
-        made.append(name)
+    def make(names: Sequence[str]) -> list[Pixels]:
+        made.extend(names)
         gate.wait(5)
-        return np.zeros(8, np.uint8)
+        return [np.zeros(8, np.uint8) for _ in names]
 
     with ThreadPoolExecutor(6) as pool:
         futures = [pool.submit(cache.get, ["a", "b"], make) for _ in range(6)]
@@ -429,15 +429,15 @@ def test_threads_that_want_the_same_tile_wait_for_the_one_that_makes_it() -> Non
 def test_a_thread_makes_its_own_tiles_before_it_waits_for_others() -> None:
     cache, begun, other_made = TileCache[str](10**6), threading.Event(), threading.Event()
 
-    def make_late(name: str) -> Pixels:
+    def make_late(names: Sequence[str]) -> list[Pixels]:
         begun.set()
         assert other_made.wait(10)
-        return np.zeros(8, np.uint8)
+        return [np.zeros(8, np.uint8) for _ in names]
 
-    def make(name: str) -> Pixels:
-        assert name == "b"
+    def make(names: Sequence[str]) -> list[Pixels]:
+        assert names == ["b"]
         other_made.set()
-        return np.ones(8, np.uint8)
+        return [np.ones(8, np.uint8)]
 
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(cache.get, ["a"], make_late)
@@ -450,33 +450,47 @@ def test_a_thread_makes_its_own_tiles_before_it_waits_for_others() -> None:
 def test_another_thread_makes_them_when_the_first_was_refused() -> None:
     cache = TileCache[str](10**6)
 
-    def refuse(name: str) -> Pixels:
+    def refuse(names: Sequence[str]) -> list[Pixels]:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
         cache.get(["a", "b"], refuse)
-    assert len(cache.get(["b", "a"], lambda name: np.ones(1, np.uint8))) == 2
+    assert len(cache.get(["b", "a"], lambda names: [np.ones(1, np.uint8) for _ in names])) == 2
 
 
-def test_what_is_kept_of_a_corrupt_tile_holds_no_pixels() -> None:
+def test_what_is_told_of_a_corrupt_tile_holds_no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     class Room:
         """What the frame that decodes holds."""
 
     held: list[weakref.ref[Room]] = []
 
-    def make(name: str) -> Pixels:
+    def decode(self: TileCodec, data: bytes) -> Pixels:
         room = Room()
         held.append(weakref.ref(room))
         raise Corrupt("it ends early")
 
-    cache = TileCache[str](10**6)
-    for _ in range(2):
-        (tile,) = cache.get(["a"], make)
-        assert isinstance(tile, Corrupt)
-        assert str(tile) == "it ends early"
-    assert len(held) == 1
+    monkeypatch.setattr(TileCodec, "decode", decode)
+    tiles = codec().decode_all([b"1", b"2"], 1, fast=False)
+    assert [str(tile) for tile in tiles if isinstance(tile, Corrupt)] == ["it ends early"] * 2
     gc.collect()
-    assert held[0]() is None
+    assert [room() for room in held] == [None, None]
+
+
+def test_a_corrupt_tile_takes_no_neighbour_with_it_and_is_decoded_once(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "s.svs", [smooth_pixels(64, 256)], compression="jpeg", tile_px=TILE)
+    with tifffile.TiffFile(path) as tiff:
+        place = tiff.pages.first.dataoffsets[2]
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"gone")
+    with open_slide(path) as slide:
+        reader = reader_of(slide)
+        for _ in range(2):
+            with pytest.raises(SlideError, match="tile 2 of level 0"):
+                slide.read(0, Box(0, 0, 64, 256))
+        assert reader.decodes == 4
+        assert slide.read(0, Box(0, 192, 64, 64)).shape == (64, 64, 3)
+        assert reader.decodes == 4
 
 
 # --- bad input

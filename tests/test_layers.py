@@ -270,6 +270,13 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     assert ended.stdout.splitlines()[-1] == ""
 
 
+def test_processes_are_started_before_numpy_is_loaded() -> None:
+    """It takes as long as all else that the command imports until then, and a second core is idle meanwhile."""
+    code = f"import pipelines.cli, pathology.process\n{LOADED}"
+    ended = subprocess.run([sys.executable, "-c", code, "numpy"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stdout.split() == []
+
+
 def test_no_module_takes_the_place_of_a_public_name() -> None:
     """`pathology.run` must stay the function after anyone imported a module: no module may have a public name's name."""
     import pathology

@@ -120,10 +120,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         finally:
             count.regions.reading = False
 
-    def decoding(self: DirectReader, *arguments: Any) -> Any:
+    def decoding(self: DirectReader, file: Any, names: Any) -> Any:
         with lock:
-            count.decodes += getattr(count.regions, "reading", False)
-        return decode(self, *arguments)
+            count.decodes += len(names) * getattr(count.regions, "reading", False)
+        return decode(self, file, names)
 
     def beginning(jobs: Any, together: Any) -> Any:
         job_slide._kept.slides.clear()  # with what is decoded

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import imagecodecs
@@ -80,6 +80,20 @@ class TileCodec:
     header: bytes = b""
     # What a tile that was found good begins with, up to the end of the size it claims: another that begins so claims the same.
     _seen: list[bytes] = field(default_factory=list, compare=False, repr=False)
+
+    def decode_all(self, data: Iterable[Data], factor: int, fast: bool) -> list[Pixels | Corrupt]:
+        """The tiles, reduced by `factor`: by `decode_scaled` where it is `fast` and can, else by `decode_mean`.
+
+        In place of one that cannot be decoded the error, without its traceback, which holds the frames that decoded.
+        """
+        reduce = self.decode_scaled if fast and self.scales(factor) else self.decode_mean
+        tiles: list[Pixels | Corrupt] = []
+        for tile in data:
+            try:
+                tiles.append(self.decode(tile) if factor == 1 else reduce(tile, factor))
+            except Corrupt as error:
+                tiles.append(Corrupt(str(error)))
+        return tiles
 
     def decode(self, data: Data) -> Pixels:
         """(height, width, 3) uint8 RGB of a tile. Raises Corrupt."""

@@ -239,21 +239,19 @@ class DirectReader:
         message = f"{self._name}: tile {index} of level {level} cannot be decoded: {why}; copy the slide from its source"
         return SlideError(Reason.CORRUPT_TILES, message)
 
-    def _decode(self, file: _File, name: tuple[int, int, int]) -> Pixels:
-        """The tile called (level, index, factor). Raises Corrupt."""
-        level, index, factor = name
-        source = self._levels[level]
+    def _decode(self, file: _File, names: Sequence[tuple[int, int, int]]) -> list[Pixels | Corrupt]:
+        """The tiles called (level, index, factor), all of one level and factor; Corrupt in place of what cannot be decoded."""
+        level, _, factor = names[0]
+        source, fetched = self._levels[level], self._fetched
         with self._lock:
-            fetched = self._fetched.pop((level, index), None)
-            self._fetched_bytes -= len(fetched or b"")
-            self.decodes += 1
-        data = fetched or self._bytes(file, int(source.places[index]), int(source.sizes[index]))
+            data = [fetched.pop((level, index), b"") for _, index, _ in names]
+            self._fetched_bytes -= sum(map(len, data))
+            self.decodes += len(names)
+        for place, (_, index, _) in enumerate(names):
+            if not data[place]:
+                data[place] = self._bytes(file, int(source.places[index]), int(source.sizes[index]))
         with timed("decode"):
-            if factor == 1:
-                return source.codec.decode(data)
-            if self._fast and source.codec.scales(factor):
-                return source.codec.decode_scaled(data, factor)
-            return source.codec.decode_mean(data, factor)
+            return source.codec.decode_all(data, factor, self._fast)
 
     def _bytes(self, file: _File, place: int, count: int) -> bytes:
         self.reads += 1

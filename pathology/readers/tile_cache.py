@@ -15,6 +15,7 @@ import numpy as np
 from pathology.readers.codecs import Corrupt, Pixels
 
 Name = TypeVar("Name", bound=Hashable)
+Make = Callable[[Sequence[Name]], Sequence[Pixels | Corrupt]]  # tiles by their names, in order
 
 
 class TileCache(Generic[Name]):
@@ -37,22 +38,25 @@ class TileCache(Generic[Name]):
         with self._lock:
             return [name for name in names if name not in self._kept and name not in self._making]
 
-    def get(self, names: Sequence[Name], make: Callable[[Name], Pixels]) -> list[Pixels | Corrupt]:
-        """The tiles called `names`, in order: by `make` those that are neither kept nor being made for another thread.
+    def get(self, names: Sequence[Name], make: Make[Name]) -> list[Pixels | Corrupt]:
+        """The tiles called `names`, in order: those that are neither kept nor being made for another thread by `make`.
 
-        Corrupt in place of one for which `make` raised it, now or before. Raises what else `make` raises.
+        Raises what `make` raises.
         """
         found: dict[Name, Pixels | Corrupt] = {}
         while missing := [name for name in names if name not in found]:
             claimed = self._claim(missing, found)
+            if not claimed:
+                continue
             try:
-                for name in claimed:
-                    found[name] = self._keep(name, _made(name, make))
+                made = make(claimed)
             except BaseException:
                 with self._lock:
-                    self._making.difference_update(name for name in claimed if name not in found)
+                    self._making.difference_update(claimed)
                     self._made.notify_all()
                 raise
+            self._keep(claimed, made)
+            found.update(zip(claimed, made, strict=True))
         return [found[name] for name in names]
 
     def _claim(self, names: Sequence[Name], found: dict[Name, Pixels | Corrupt]) -> list[Name]:
@@ -77,24 +81,16 @@ class TileCache(Generic[Name]):
                     self._waiting -= 1
         return claimed
 
-    def _keep(self, name: Name, tile: Pixels | Corrupt) -> Pixels | Corrupt:
+    def _keep(self, names: Sequence[Name], tiles: Sequence[Pixels | Corrupt]) -> None:
         with self._lock:
-            self._making.remove(name)
-            self._kept[name] = tile
-            self._bytes += _size(tile)
+            self._making.difference_update(names)
+            self._kept.update(zip(names, tiles, strict=True))
+            self._bytes += sum(map(_size, tiles))
             while self._bytes > self.limit_bytes and len(self._kept) > 1:
                 _, dropped = self._kept.popitem(last=False)
                 self._bytes -= _size(dropped)
             if self._waiting:
                 self._made.notify_all()
-        return tile
-
-
-def _made(name: Name, make: Callable[[Name], Pixels]) -> Pixels | Corrupt:
-    try:
-        return make(name)
-    except Corrupt as error:
-        return Corrupt(str(error))  # without its traceback, which holds the frames that decoded, and their pixels
 
 
 def _size(kept: Pixels | Corrupt) -> int:
