@@ -57,11 +57,13 @@ def infer_region(
     """
     canvas = Canvas(region.box, spec.channels, blend_window(spec.output_px, plan.blend, spec.margin_px))
     answers = _answers(read, spec, region.tiles, predict, on_bad)
+    stride, before = plan.h_stride, -1
     for (row, col), scores in answers if again is None else _decided(answers, spec, again, on_bad):
-        y, x = row * plan.h_stride, col * plan.h_stride
-        yield from _timed(canvas.final(y))
+        if row != before:
+            yield from _timed(canvas.final(row * stride))
+            before = row
         with timed("stitch"):
-            canvas.add(scores, y, x)
+            canvas.add(scores, row * stride, col * stride)
     yield from _timed(canvas.final(region.box.y1))
 
 
