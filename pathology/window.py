@@ -11,9 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pathology import slide_worker, worker
 from pathology.calls import Death
@@ -25,6 +24,7 @@ from pathology.faults import used_up
 from pathology.job import Job
 from pathology.lease import Leases, Owner
 from pathology.outcome import Interrupted, Outcome, Postponed, Progress
+from pathology.pending import Group, State, Task
 from pathology.schedule import Done, Tasks
 from pathology.staging import Stage
 from pathology.trials import needed, try_models
@@ -43,54 +43,6 @@ DRAIN_S = 7.0
 _WAKE = object()
 
 
-@dataclass(slots=True)
-class _State:
-    """One job on its way.
-
-    todo   regions not yet handed out
-    tiles  forward passes per region
-    ended  it has an outcome
-    lost   another process has taken its slide over: what is still under way here is for nothing
-    """
-
-    job: Job
-    todo: set[int] = field(default_factory=set)
-    tiles: dict[int, int] = field(default_factory=dict)
-    running: int = 0
-    ended: bool = False
-    lost: bool = False
-
-
-@dataclass(slots=True)
-class _Group:
-    """Jobs that read alike, so that their regions are read together: those that lie in one place.
-
-    places  of the jobs in the run
-    begun   what each was prepared as, by its place; without those that failed or were finished before
-    left    how many are not yet prepared
-    reads   regions to hand out, each as (place of the job, region) of all that are read together
-    """
-
-    places: tuple[int, ...]
-    left: int
-    begun: dict[int, slide_worker.Prepared] = field(default_factory=dict)
-    reads: deque[tuple[tuple[int, int], ...]] = field(default_factory=deque)
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """parts: (place of the job in the run, region); several where slides are begun, or regions read, for several models.
-
-    alone   its worker died, so it runs while nothing else does
-    deaths  how often it died in a way that may be the slide's doing
-    """
-
-    kind: Literal["prepare", "region", "finish"]
-    parts: tuple[tuple[int, int], ...]
-    alone: bool = False
-    deaths: int = 0
-
-
 class Window:
     """The bounded window of tasks over all jobs, in order; later jobs begin while earlier ones end."""
 
@@ -107,21 +59,21 @@ class Window:
         preflight: Callable[[Job], Outcome | None],
     ) -> None:
         self._processes = processes
-        self._states = [_State(job) for job in jobs]
+        self._states = [State(job) for job in jobs]
         self._turns = Turns(leases, jobs, self._waits_for)
         self._known = known
         self._preflight = preflight
         self._refused: dict[int, Outcome] = {}  # by the place of their job
         self._found: deque[tuple[int, Outcome]] = deque()  # failures that stand, by the place of their job
-        self._group: dict[int, _Group] = {}  # by the place of a job
+        self._group: dict[int, Group] = {}  # by the place of a job
         self._tasks = tasks
         self._progress = progress
         self._stop = stop
         self._stage = stage
-        self._running: set[_Task] = set()
-        self._active: deque[_Group] = deque()  # groups with regions to hand out, in order
-        self._first: deque[_Task] = deque()  # ends of slides, before anything else
-        self._suspects: deque[_Task] = deque()  # tasks whose worker died: each runs alone
+        self._running: set[Task] = set()
+        self._active: deque[Group] = deque()  # groups with regions to hand out, in order
+        self._first: deque[Task] = deque()  # ends of slides, before anything else
+        self._suspects: deque[Task] = deque()  # tasks whose worker died: each runs alone
         self._looking = False  # the first look is under way
         self._deaths = Deaths(tasks.apart)
         self._hung: list[tuple[int, Outcome]] = []  # failures of slides that hang, until it is clear that others do not
@@ -193,7 +145,7 @@ class Window:
                 return done
             self._looking &= done.token != LOOK
 
-    def _choose(self, room: int) -> _Task | None:
+    def _choose(self, room: int) -> Task | None:
         """The next task to submit, None for none now."""
         if self._suspects:
             return self._suspects.popleft() if not self._running else None
@@ -211,11 +163,11 @@ class Window:
                 for place, region in parts:
                     self._states[place].todo.remove(region)
                 if parts:
-                    return _Task("region", parts)
+                    return Task("region", parts)
             self._active.popleft()
         return self._begin_next() if preparing < SLIDES_AHEAD else None
 
-    def _begin_next(self) -> _Task | None:
+    def _begin_next(self) -> Task | None:
         """Begin the next group whose slide can be had and that is not known to fail; None where there is none now."""
         while self._next_is_ready():
             turn = self._turns.begin(idle=not self._running)
@@ -234,8 +186,8 @@ class Window:
                     state.ended = True
                     self._found.append((place, outcome))
             if begun:
-                self._group.update(dict.fromkeys(places, _Group(places, len(begun))))
-                return _Task("prepare", tuple((place, -1) for place in begun))
+                self._group.update(dict.fromkeys(places, Group(places, len(begun))))
+                return Task("prepare", tuple((place, -1) for place in begun))
         return None
 
     def _next_is_ready(self) -> bool:
@@ -253,7 +205,7 @@ class Window:
     def _waits_for(self, place: int, owner: Owner) -> None:
         self._progress(Progress("waiting", self._states[place].job, 0, str(owner)))
 
-    def _submit(self, task: _Task) -> None:
+    def _submit(self, task: Task) -> None:
         self._running.add(task)
         for place, _ in task.parts:
             self._states[place].running += 1
@@ -288,7 +240,7 @@ class Window:
 
     def _handle(self, done: Done) -> Iterator[Outcome]:
         task = done.token
-        assert isinstance(task, _Task)
+        assert isinstance(task, Task)
         self._running.discard(task)
         for place, _ in task.parts:
             self._states[place].running -= 1
@@ -314,7 +266,7 @@ class Window:
             self._stage.end(place)
         self._turns.end(place)
 
-    def _consider(self, task: _Task, state: _State, done: Done) -> Outcome | None:
+    def _consider(self, task: Task, state: State, done: Done) -> Outcome | None:
         """What a task's end means for one job; the outcome if the job has ended with it."""
         ((place, region),) = task.parts
         failed = done.died or done.error is not None
@@ -337,10 +289,10 @@ class Window:
         self._progress(Progress("region", state.job, state.tiles[region]))
         waiting = any(place == other for task in self._suspects for other, _ in task.parts)
         if not state.todo and not state.running and not waiting:
-            self._first.append(_Task("finish", task.parts))
+            self._first.append(Task("finish", task.parts))
         return None
 
-    def _comes_again(self, task: _Task, death: Death) -> bool:
+    def _comes_again(self, task: Task, death: Death) -> bool:
         """Whether a task whose worker died runs again, alone: any of those on that worker may be the culprit, so only a second
         death counts. EnvironmentFault where that is of no use."""
         counts = self._deaths.counts(death, task.alone)
@@ -375,7 +327,7 @@ class Window:
                 state.lost = False
             self._turns.again(place)
 
-    def _prepared(self, place: int, state: _State, done: Done) -> Outcome | None:
+    def _prepared(self, place: int, state: State, done: Done) -> Outcome | None:
         group = self._group[place]
         group.left -= 1
         outcome = None
@@ -390,7 +342,7 @@ class Window:
             self._active.append(group)
         return outcome
 
-    def _begun(self, place: int, state: _State, prepared: slide_worker.Prepared) -> None:
+    def _begun(self, place: int, state: State, prepared: slide_worker.Prepared) -> None:
         if self._deaths.reads_only:
             self._tell_hung()
         try:
@@ -403,9 +355,9 @@ class Window:
         if state.todo:
             self._group[place].begun[place] = prepared
         else:
-            self._first.append(_Task("finish", ((place, -1),)))
+            self._first.append(Task("finish", ((place, -1),)))
 
-    def _failed(self, place: int, state: _State, done: Done) -> Outcome | None:
+    def _failed(self, place: int, state: State, done: Done) -> Outcome | None:
         error = done.error
         if isinstance(error, (EnvironmentFault, UsageError)):
             raise error
@@ -422,7 +374,7 @@ class Window:
         assert error is not None
         return Outcome(state.job, "failed", reason=reason, message=first_line(error))
 
-    def _died(self, place: int, state: _State, done: Done) -> Outcome | None:
+    def _died(self, place: int, state: State, done: Done) -> Outcome | None:
         """The outcome of a job whose worker died again, and alone; None where it is not yet known whether that was its doing.
 
         Raises EnvironmentFault where others would do no better.
@@ -449,7 +401,7 @@ class Window:
                 done = self._tasks.done.get(timeout=left)
             except queue.Empty:
                 return
-            if isinstance(done.token, _Task):
+            if isinstance(done.token, Task):
                 self._running.discard(done.token)
 
 

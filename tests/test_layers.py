@@ -123,6 +123,7 @@ ORDER = [
     "pathology.trials",
     "pathology.outcome",
     "pathology.turns",
+    "pathology.pending",
     "pathology.window",
     "pathology.runner",
     "pathology",
