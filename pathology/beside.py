@@ -1,14 +1,18 @@
-"""Reading in the process beside this one, which has slides open and no model to wait for.
+"""Reading in the processes beside this one, which have slides open and no model to wait for.
 
-Promise: the tiles are those of `read_tiles`, and no decoder shares Python's lock with a model. Pixels cross in shared memory,
-in blocks that are written again only when nobody reads them.
+Promise: the tiles are those of `read_tiles`, a region's are all read by one process, which so decodes each of the slide's own
+once, and no decoder shares Python's lock with a model. Pixels cross in shared memory, in blocks that are written again only
+when nobody reads them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 
 from pathology import slide_worker
 from pathology.batches import Chunk, Pixels, chunk_tiles, read_ahead
-from pathology.calls import Calls, neighbour
+from pathology.calls import Calls, SharedMemory, neighbour
 from pathology.clock import Clock
 from pathology.job import Job
 from pathology.model import ModelSpec
@@ -25,7 +29,7 @@ from pathology.pulse import beat
 
 
 def asker() -> Calls | None:
-    """By which this process asks its neighbour; None where it has none, or is the one that is asked."""
+    """By which this process asks its first neighbour; None where it has none, or is one that is asked."""
     beside = neighbour()
     return None if beside is None else beside.calls
 
@@ -37,23 +41,58 @@ def asked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_beside(job: Job, spec: ModelSpec, clock: Clock, tiles: NDArray[np.int32]) -> Generator[Pixels | None, None, None]:
-    """As `read_tiles`, by the neighbour's threads. `clock` is told what time it took them."""
-    return read_ahead(_Beside(job, spec, clock, tiles), tiles, chunk_tiles(spec.input_px))
+    """As `read_tiles`, by the neighbour that reads for the fewest regions. `clock` is told what time it takes them."""
+    beside = neighbour()
+    assert beside is not None
+    with _reading.by_one_of(beside.readers) as calls:
+        threads = math.ceil(job.readers / len(beside.readers))
+        source = _Beside(job, spec, clock, tiles, calls, beside.memory, threads)
+        yield from read_ahead(source, tiles, chunk_tiles(spec.input_px))
+
+
+class _Reading:
+    """How many regions each neighbour reads for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._regions = Counter[Calls]()
+
+    @contextmanager
+    def by_one_of(self, readers: Sequence[Calls]) -> Iterator[Calls]:
+        """The one that reads for the fewest, until the end of the block for one more."""
+        with self._lock:
+            chosen = min(readers, key=self._regions.__getitem__)
+            self._regions[chosen] += 1
+        try:
+            yield chosen
+        finally:
+            with self._lock:
+                self._regions[chosen] -= 1
+
+
+_reading = _Reading()
 
 
 class _Beside:
-    """Tiles that the neighbour reads into memory which both see."""
+    """Tiles that a neighbour reads, by so many threads, into memory which both see."""
 
-    def __init__(self, job: Job, spec: ModelSpec, clock: Clock, tiles: NDArray[np.int32]) -> None:
-        beside = neighbour()
-        assert beside is not None
-        assert beside.calls is not None
-        self.calls, self.memory = beside.calls, beside.memory
+    def __init__(
+        self,
+        job: Job,
+        spec: ModelSpec,
+        clock: Clock,
+        tiles: NDArray[np.int32],
+        calls: Calls,
+        memory: SharedMemory,
+        threads: int,
+    ) -> None:
+        self.calls = calls
+        self.memory = memory
+        self.threads = threads
         self.job = job
         self.input_px = spec.input_px
         self.clock = clock
         self._tiles = tiles
-        self.threads = job.readers
         self.slow = False
 
     def reserve(self, first: int, end: int) -> None:
@@ -62,10 +101,11 @@ class _Beside:
     def read(self, first: int, end: int) -> Chunk:
         shape = (end - first, self.input_px, self.input_px, 3)
         place = self.memory.take(math.prod(shape))
-        return _BesideChunk(self, shape, place, self.calls.ask(slide_worker.read_into, self.job, self._tiles[first:end], place))
+        tiles = self._tiles[first:end]
+        return _BesideChunk(self, shape, place, self.calls.ask(slide_worker.read_into, self.job, tiles, self.threads, place))
 
     def fetch(self, first: int, end: int) -> Future[Any]:
-        fetched = self.calls.ask(slide_worker.fetch, self.job, self._tiles[first:end])
+        fetched = self.calls.ask(slide_worker.fetch, self.job, self._tiles[first:end], self.threads)
         fetched.add_done_callback(self._count)
         return fetched
 

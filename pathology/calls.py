@@ -174,7 +174,7 @@ def shared_file() -> int:
 
 
 class SharedMemory:
-    """Blocks of a file that two processes map: one of them takes and gives them back, the other finds them by their place."""
+    """Blocks of a file that processes map: one of them takes and gives them back, the others find them by their place."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -215,24 +215,28 @@ def _pages(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """The process beside this one.
+    """The processes beside this one.
 
-    calls   by which it can be asked; None where it is the one that asks
-    memory  that both see
+    readers  by which those for slides can be asked, the first of them for all but reading; none where they are those that ask
+    memory   that all see
     """
 
-    calls: Calls | None
+    readers: tuple[Calls, ...]
     memory: SharedMemory
+
+    @property
+    def calls(self) -> Calls | None:
+        return self.readers[0] if self.readers else None
 
 
 _neighbours: list[Neighbour] = []
 
 
 def set_neighbour(neighbour: Neighbour) -> None:
-    """Make `neighbour` known to all in this process; it has one at most."""
+    """Make `neighbour` known to all in this process."""
     _neighbours[:] = [neighbour]
 
 
 def neighbour() -> Neighbour | None:
-    """This process's neighbour, None where it works alone."""
+    """This process's neighbours, None where it works alone."""
     return _neighbours[0] if _neighbours else None

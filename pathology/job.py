@@ -52,7 +52,7 @@ class Job:
     device       "cpu", "cuda", "cuda:N", "mps"
     batch_size   tiles per model call; part of what decides the last bits. 0: as found at the run's start
     threads      torch threads of a process; likewise. 0: as measured at the run's start
-    readers      threads that read tiles in a process. 0: as measured at the run's start
+    readers      threads that read tiles for a device. 0: as measured at the run's start
     precision    what the network computes in; "fp32" is the reference
     compile      let torch compile the network
     reader       which reader gives the pixels; "auto": the first that suits the file

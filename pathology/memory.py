@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 from pathology import decide
 from pathology.batches import STRIP_PX, chunk_tiles, tiles_ahead
+from pathology.cores import reading_processes
 from pathology.device import set_threads
 from pathology.errors import ModelError
 from pathology.job import Job
@@ -24,7 +25,7 @@ from pathology.model import ModelSpec
 from pathology.models import load_model, load_spec
 from pathology.models.checks import warm_up
 from pathology.models.pool import pooled
-from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes
+from pathology.plan import REGIONS_AT_ONCE, Plan, region_bytes, regions_at_once
 from pathology.predictor import IN_FLIGHT
 from pathology.readers.opened import CACHE_BYTES
 from pathology.together import tiles_handed
@@ -36,6 +37,8 @@ CACHE_SHARE = 8
 OTHER_PROCESSES_BYTES = 125 * 10**6
 # What that process takes for a slide's beginning and end, and freed memory that it keeps, as measured.
 SLIDE_BYTES = 150 * 10**6
+# A further process for slides, beside the tiles that it keeps, as measured.
+READING_PROCESS_BYTES = 100 * 10**6
 
 
 def model_peak(jobs: Sequence[Job], modules: Sequence[str], variables: Mapping[str, str]) -> int:
@@ -82,26 +85,32 @@ def _own_peak(jobs: Sequence[Job], modules: Sequence[str]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_bound(planned: Sequence[tuple[Plan, ModelSpec, Job]], model_peak: int, readers: int) -> int:
-    """Memory of the whole command on one device: all its processes, shared pages counted once.
+def run_bound(planned: Sequence[tuple[Plan, ModelSpec, Job]], model_peak: int, cores: int) -> int:
+    """Memory of the whole command on one device and so many cores: all its processes, shared pages counted once.
 
     planned  what is run together at one slide: plan, card and job of each model
     """
     job = planned[0][2]
+    readers, processes = job.readers or cores, reading_processes(cores)
     plans = [(plan, spec, job.batch_size) for plan, spec, job in planned]
-    regions = min(REGIONS_AT_ONCE, max(len(plan.regions) for plan, _, _ in plans))
-    buffers = memory_bound(plans, readers=readers, regions=regions)
+    at_once = REGIONS_AT_ONCE if any(plan.output_px > 1 for plan, _, _ in plans) else regions_at_once(cores)
+    regions = min(at_once, max(len(plan.regions) for plan, _, _ in plans))
+    buffers = memory_bound(plans, readers=readers, regions=regions, processes=processes)
     buffers += sum(decide.exact(j).batch_size * slot_bytes(spec, regions) for _, spec, j in planned if decide.doubt(j, spec))
     # A batch of `model_peak` is among those in `buffers`; of which model it is, is not known.
     tried = min(batch_size * (_tile_bytes(spec) + _answer_bytes(spec)) for _, spec, batch_size in plans)
     cache = min(CACHE_BYTES, job.memory // CACHE_SHARE)
-    return OTHER_PROCESSES_BYTES + SLIDE_BYTES + max(0, model_peak - tried) + cache + buffers
+    slides = SLIDE_BYTES + processes * cache + (processes - 1) * READING_PROCESS_BYTES
+    return OTHER_PROCESSES_BYTES + slides + max(0, model_peak - tried) + buffers
 
 
-def memory_bound(plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, regions: int = REGIONS_AT_ONCE) -> int:
+def memory_bound(
+    plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, regions: int = REGIONS_AT_ONCE, processes: int = 1
+) -> int:
     """Most bytes that one worker holds for `regions` regions at once, beyond libraries, the models and decoded tiles.
 
-    plans  of models whose regions are read together, each with its card and batch size
+    plans      of models whose regions are read together, each with its card and batch size
+    readers    threads that read; `processes`: that they are divided among
 
     Canvases, each with the bands on their way to disk; the batches being filled and computed; answers to as many tiles as a
     region hands in before it takes them (two batches); tiles read ahead, and those on their way to several models; and for each
@@ -110,8 +119,9 @@ def memory_bound(plans: Sequence[tuple[Plan, ModelSpec, int]], *, readers: int, 
     first, spec, _ = plans[0]
     window = (first.grid.l0_tile + 8) ** 2
     read = max(window, min(STRIP_PX, chunk_tiles(spec.input_px) * window)) * (3 + 1 + 4)
-    tiles = regions * (tiles_ahead(spec.input_px, readers) + (tiles_handed(spec.input_px) if len(plans) > 1 else 0))
-    bound = tiles * _tile_bytes(spec) + readers * read
+    ahead = tiles_ahead(spec.input_px, math.ceil(readers / processes))
+    handed = tiles_handed(spec.input_px) if len(plans) > 1 else 0
+    bound = regions * (ahead + handed) * _tile_bytes(spec) + readers * read
     for plan, spec, batch_size in plans:
         bound += regions * region_bytes(plan, spec.channels) + batch_size * slot_bytes(spec, regions)
     return int(bound)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathology.cores import reading_processes
 from pathology.errors import UsageError
 from pathology.geometry import Box, HeatmapFrame
 from pathology.grid import TileGrid
@@ -192,6 +193,11 @@ def _touching(
             touching = row_tiles[(row_x0 < box.x1) & (row_x0 + output_px > box.x)]
             if len(touching):
                 yield box, touching
+
+
+def regions_at_once(cores: int) -> int:
+    """Regions at work for such a device: one reads while another's last batch is with the model, and each process has one."""
+    return max(REGIONS_AT_ONCE, reading_processes(cores))
 
 
 def choose_block(grid: TileGrid, specs: Sequence[ModelSpec], memory: int) -> tuple[int, int]:

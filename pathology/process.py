@@ -1,7 +1,7 @@
-"""Two processes for each device, whatever schedules their work: one infers, one reads slides.
+"""The processes of each device, whatever schedules their work: one infers, one or more read slides.
 
-Promise: what crashes there ends those two alone. They start to load their libraries, torch among them, before their first call
-comes and while the command that started them is still reading its options; and they end with whoever started them.
+Promise: what crashes there ends those of its device alone. They start to load their libraries, torch among them, before their
+first call comes and while the command that started them is still reading its options; and they end with whoever started them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,7 +62,7 @@ MODULES: dict[Kind, tuple[str, ...]] = {
 # since on a busy machine it gets no more beside what others run there.
 BEHIND = 5
 # Loading makes objects by the hundred thousand and hardly any garbage: to look for it meanwhile takes a tenth of the time.
-_START = "import gc, sys; gc.disable(); sys.path[:] = sys.argv[6:]; from pathology.process import serve; serve(*sys.argv[1:6])"
+_START = "import gc, sys; gc.disable(); sys.path[:] = sys.argv[7:]; from pathology.process import serve; serve(*sys.argv[1:7])"
 # How often what they take is looked at.
 LOOK_S = 0.25
 # One that was killed ends at once, unless it is in the middle of a call to a file system that does not answer: then it is left.
@@ -72,30 +74,34 @@ OOM_SCORE = "500"
 
 
 class WorkerPair:
-    """The processes of one device. When one ends the other is ended too, and the next call finds two new ones.
+    """The processes of one device, one that infers and `readers` for slides, of which all but the first do nothing but read.
+    When one ends the others are ended too, and the next call finds new ones.
 
     environment  variables set there beside VARIABLES, before a device is touched
-    limits       both are ended when they take more
+    limits       all are ended when they take more
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, limits: Limits | None = None, readers: int = 1) -> None:
         self._environment = dict(environment or {})
         self._limits = limits or Limits()
+        self._readers = readers
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._started = _prestarted.pop() if _prestarted else _Started()
+        self._started = _prestarted.pop() if _prestarted else _Started(readers)
         self._started.greet(self._environment)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def call(self, kind: Kind, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function(*arguments)` returns or raises in that process. Raises WorkerDied where it ends before it has, or is
-        ended: all calls that are under way then are told the same."""
+        """What `function(*arguments)` returns or raises in the first process of that kind.
+
+        Raises WorkerDied where it ends, or is ended, before it has: all calls that are under way then are told the same.
+        """
         with self._lock:
             if self._closed.is_set():
                 raise WorkerDied("the worker processes were closed")
             if self._started.gone:
-                self._started.kill(self._started.why())  # one of the two may still live
-                self._started = _Started()
+                self._started.kill(self._started.why())  # another of them may still live
+                self._started = _Started(self._readers)
                 self._started.greet(self._environment)
             started = self._started
             asked = started.ask(kind, function, *arguments)
@@ -112,7 +118,7 @@ class WorkerPair:
         return self._started.busy
 
     def close(self) -> None:
-        """Kill both: what they still do is abandoned, and its callers get WorkerDied."""
+        """Kill all: what they still do is abandoned, and its callers get WorkerDied."""
         with self._lock:
             self._closed.set()
             self._started.kill(WorkerDied("the worker processes were closed", Death.KILL))
@@ -128,66 +134,79 @@ class WorkerPair:
                 started.kill(why)
 
 
-class _Started:
-    """Two running processes and the sockets to them."""
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A process, and the socket to it."""
 
-    def __init__(self) -> None:
-        memory, ends = shared_file(), Pipe()
+    kind: Kind
+    process: subprocess.Popen[bytes]
+    calls: Calls
+
+
+class _Started:
+    """The running processes of a device: the one that infers, and so many for slides."""
+
+    def __init__(self, readers: int) -> None:
+        memory, links = shared_file(), [Pipe() for _ in range(readers)]
         self._killed = False
         self._why: WorkerDied | None = None
         self._telling = threading.Lock()
-        self._pulses = Pulses(len(MODULES))
+        self._pulses = Pulses(1 + readers)
         self._killed_before = killed_for_memory()
-        self._processes: dict[Kind, subprocess.Popen[bytes]] = {}
-        self._calls: dict[Kind, Calls] = {}
-        for kind, link in zip(MODULES, ends, strict=True):
-            ours, theirs = Pipe()
-            handed = [theirs.fileno(), link.fileno(), memory, self._pulses.descriptor]
-            self._processes[kind] = subprocess.Popen(
-                [sys.executable, "-c", _START, kind, *map(str, handed), *sys.path],
-                stdin=subprocess.DEVNULL,
-                pass_fds=handed,
-                env={**os.environ, **VARIABLES[kind]},
-            )
-            theirs.close()
-            self._calls[kind] = Calls(ours, functools.partial(self._end_of, kind))
-        for end in ends:
+        self._running: list[_Running] = []
+        self._start("device", [asks for asks, _ in links], memory)
+        for _, answers in links:
+            self._start("slides", [answers], memory)
+        for end in itertools.chain(*links):
             end.close()
         os.close(memory)
         os.close(self._pulses.descriptor)
 
+    def _start(self, kind: Kind, links: Sequence[Connection], memory: int) -> None:
+        ours, theirs = Pipe()
+        to_neighbours = [link.fileno() for link in links]
+        handed = [str(theirs.fileno()), ",".join(map(str, to_neighbours)), str(memory), str(self._pulses.descriptor)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, kind, *handed, str(len(self._running)), *sys.path],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), *to_neighbours, memory, self._pulses.descriptor],
+            env={**os.environ, **VARIABLES[kind]},
+        )
+        theirs.close()
+        self._running.append(_Running(kind, process, Calls(ours, functools.partial(self._end_of, process))))
+
     @property
     def gone(self) -> bool:
-        return self._killed or any(calls.gone for calls in self._calls.values())
+        return self._killed or any(one.calls.gone for one in self._running)
 
     @property
     def busy(self) -> bool:
-        return any(calls.busy for calls in self._calls.values())
+        return any(one.calls.busy for one in self._running)
 
     def greet(self, environment: Mapping[str, str]) -> None:
-        for kind in MODULES if environment else ():
-            self.ask(kind, _set_variables, environment)
+        for one in self._running if environment else ():
+            one.calls.ask(_set_variables, environment)
 
     def ask(self, kind: Kind, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        return self._calls[kind].ask(function, *arguments)
+        return next(one for one in self._running if one.kind == kind).calls.ask(function, *arguments)
 
     def kill(self, why: WorkerDied) -> None:
-        """End both; unless something has been told before, callers are told why."""
+        """End all; unless something has been told before, callers are told why."""
         with self._telling:
             self._why = self._why or why
         self._killed = True
-        for process in self._processes.values():
-            process.kill()
+        for one in self._running:
+            one.process.kill()
         until = time.monotonic() + END_S
-        for process, calls in zip(self._processes.values(), self._calls.values(), strict=True):
+        for one in self._running:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
-            calls.cut()
+                one.process.wait(max(0.0, until - time.monotonic()))
+            one.calls.cut()
 
     def too_much(self, passed: float, limits: Limits) -> WorkerDied | None:
         """Which of its limits they have passed, None for none; to be asked every `passed` seconds."""
         overdue = self._pulses.overdue(passed, self.busy, limits)
-        return overdue or overweight((process.pid for process in self._processes.values()), limits)
+        return overdue or overweight((one.process.pid for one in self._running), limits)
 
     def why(self, told: WorkerDied | None = None) -> WorkerDied:
         """What ended them: the same for all who ask. `told`: what one of them says, which knows no more than that."""
@@ -201,16 +220,16 @@ class _Started:
         """How the first of them that has ended did so. Its sockets close a moment before it has."""
         until = time.monotonic() + END_S
         while time.monotonic() < until:
-            for kind, process in self._processes.items():
-                if (code := process.poll()) is not None:
-                    what = f"the worker process for {'a device' if kind == 'device' else 'slides'}"
+            for one in self._running:
+                if (code := one.process.poll()) is not None:
+                    what = f"the worker process for {'a device' if one.kind == 'device' else 'slides'}"
                     return death_by(what, code, self._killed_before)
             time.sleep(0.01)
         return None
 
-    def _end_of(self, kind: Kind) -> WorkerDied:
+    def _end_of(self, process: subprocess.Popen[bytes]) -> WorkerDied:
         with suppress(subprocess.TimeoutExpired):
-            self._processes[kind].wait(END_S)
+            process.wait(END_S)
         return self.why()
 
 
@@ -221,9 +240,9 @@ def _set_variables(variables: Mapping[str, str]) -> None:
 _prestarted: list[_Started] = []
 
 
-def prestart() -> None:
-    """Start two processes now, which the first `WorkerPair` takes."""
-    _prestarted.append(_Started())
+def prestart(readers: int = 1) -> None:
+    """Start processes now, `readers` of them for slides, which the first `WorkerPair` takes."""
+    _prestarted.append(_Started(readers))
 
 
 def load_behind(*modules: str) -> None:
@@ -296,14 +315,14 @@ class _Resting(ThreadPoolExecutor):
             give_back()
 
 
-def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
+def serve(kind: Kind, socket: str, links: str, memory: str, pulse: str, page: str) -> None:
     """Work on the calls that come over `socket`, until its other end is closed or its holder is dead.
 
-    link    to the neighbour: the one for slides answers on it what the one for a device asks
-    memory  descriptor of what both share
-    pulse   descriptor of where the holder sees what they are at
+    links   to the neighbours, separated by commas: those for slides answer on theirs what the one for a device asks
+    memory  descriptor of what all share
+    pulse   descriptor of where the holder sees what they are at, in a page for each
     """
-    show_in(int(pulse), list(MODULES).index(kind))
+    show_in(int(pulse), int(page))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -318,11 +337,11 @@ def serve(kind: Kind, socket: str, link: str, memory: str, pulse: str) -> None:
             importlib.import_module(module)
     loaded.set()
     threads = _Resting() if kind == "device" else ThreadPoolExecutor()
-    beside, shared = Connection(int(link)), SharedMemory(int(memory))
+    beside, shared = [Connection(int(link)) for link in links.split(",")], SharedMemory(int(memory))
     if kind == "device":
-        set_neighbour(Neighbour(Calls(beside), shared))
+        set_neighbour(Neighbour(tuple(map(Calls, beside)), shared))
     else:
-        set_neighbour(Neighbour(None, shared))
-        threading.Thread(target=answer_calls, args=(beside, threads), daemon=True).start()
+        set_neighbour(Neighbour((), shared))
+        threading.Thread(target=answer_calls, args=(beside[0], threads), daemon=True).start()
     answer_calls(Connection(int(socket)), threads)
     os._exit(0)  # nobody waits for what still runs

@@ -36,8 +36,8 @@ def run(
 ) -> Generator[Outcome, None, None]:
     """Compute all jobs; yields an outcome for each as it ends.
 
-    scheduler  "sync" (the reference), "threads", "processes" (two for each device), "tls://HOST:PORT", or
-               "tcp://127.0.0.1:PORT"
+    scheduler  "sync" (the reference), "threads", "processes" (one that infers and readers, for each device),
+               "tls://HOST:PORT", or "tcp://127.0.0.1:PORT"
     stop       set it to end early: running regions are let end, then Interrupted is raised
     known      the failure of a job that stands, if another process or run has met one; asked once the slide is this process's
     preflight  the failure that a look at a job's slide has shown; asked for all jobs before the first region

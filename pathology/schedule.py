@@ -20,14 +20,14 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from pathology.calls import WorkerDied
+from pathology.cores import core_count, reading_processes
 from pathology.errors import EnvironmentFault, UsageError, one_line
+from pathology.plan import REGIONS_AT_ONCE, regions_at_once
 from pathology.process import Kind, WorkerPair, load_behind
 from pathology.watch import Limits
 
-# Regions a worker works on at once: one reads while another's last batch is with the model.
-REGIONS_A_WORKER = 2
-# Tasks at once in each of a worker's processes; for slides: one begins while another ends.
-SLOTS: dict[Kind, int] = {"device": REGIONS_A_WORKER, "slides": 2}
+# Tasks for slides at once in a worker: one begins while another ends.
+SLIDES_AT_ONCE = 2
 # Name of the plugin by which a Dask worker knows its processes.
 OWN_PROCESSES = "own-processes"
 # Tasks that reach none of the processes for so long, while these have nothing to do, never will.
@@ -99,7 +99,7 @@ class OnDask:
 
     in_order = False
 
-    def __init__(self, client: Any, own_cluster: Any = None, pairs: Sequence[WorkerPair] = ()) -> None:
+    def __init__(self, client: Any, own_cluster: Any = None, pairs: Sequence[WorkerPair] = (), regions: int = 0) -> None:
         from distributed import KilledWorker
 
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
@@ -107,6 +107,7 @@ class OnDask:
         self._client = client
         self._cluster = own_cluster
         self._pairs = pairs
+        self._regions = regions  # at once for each pair
         self._deaths: tuple[type[BaseException], ...] = (KilledWorker, WorkerDied)
         self._futures: dict[object, Any] = {}
         self._lost = False
@@ -159,7 +160,7 @@ class OnDask:
 
     def slots(self) -> int:
         if self.apart:
-            return len(self._pairs) * SLOTS["device"]
+            return len(self._pairs) * self._regions
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
@@ -175,7 +176,7 @@ class OnDask:
 
 
 def open_tasks(scheduler: str, devices: int = 1, dashboard: str | None = None, limits: Limits | None = None) -> Tasks:
-    """The runner for `scheduler`: sync, threads, processes (two for each device), or the address of one that runs.
+    """The runner for `scheduler`: sync, threads, processes (one that infers and readers, for each device), or an address.
 
     dashboard  address for Dask's dashboard on loopback, e.g. ":8787"; None: off
     limits     for processes of our own; nobody looks after those of another scheduler, and this one cannot end itself
@@ -294,15 +295,18 @@ def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits 
     port = (dashboard or "").rpartition(":")[2]
     shown = quiet if dashboard is None else {"dashboard": True, "dashboard_address": f"127.0.0.1:{port}"}
     scheduler = {"cls": Scheduler, "options": {"protocol": "inproc://", **shown}}
-    options: dict[str, Any] = {"protocol": "inproc://", "nthreads": REGIONS_A_WORKER, "memory_limit": 0, **quiet}
+    options: dict[str, Any] = {"protocol": "inproc://", "nthreads": REGIONS_AT_ONCE, "memory_limit": 0, **quiet}
     workers: dict[int, dict[str, Any]] = {0: {"cls": Worker, "options": options}}
     pairs: list[WorkerPair] = []
+    cores = core_count() // devices
+    slots: dict[Kind, int] = {"device": regions_at_once(cores), "slides": SLIDES_AT_ONCE}
     if processes:
         for device in range(devices):
-            pairs.append(WorkerPair({"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}, limits))
-            more = {"nthreads": sum(SLOTS.values()), "resources": SLOTS, "plugins": [_plugin(pairs[device])]}
+            visible = {"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}
+            pairs.append(WorkerPair(visible, limits, reading_processes(cores)))
+            more = {"nthreads": sum(slots.values()), "resources": slots, "plugins": [_plugin(pairs[device])]}
             workers[device] = {"cls": Worker, "options": {**options, **more}}
     make_cluster: Callable[..., Any] = SpecCluster
     make_client: Callable[..., Any] = Client
     cluster = make_cluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
-    return OnDask(make_client(cluster, set_as_default=False), cluster, pairs)
+    return OnDask(make_client(cluster, set_as_default=False), cluster, pairs, slots["device"])

@@ -210,9 +210,9 @@ def begin_reading(job: Job, row: NDArray[np.int32]) -> bool:
     return slide.slow
 
 
-@run_by(lambda job, *_: pool(job.readers).decode)
-def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
-    """Read tiles (row, col) side by side into the block at `place` of the memory that the neighbour sees."""
+@run_by(lambda job, tiles, threads, place: pool(threads).decode)
+def read_into(job: Job, tiles: NDArray[np.int32], threads: int, place: int) -> ChunkRead:
+    """Read tiles (row, col) side by side, in one of so many threads, into the block at `place` of the memory that both see."""
     slide, spec, grid = tiled(job)
     beside = neighbour()
     assert beside is not None
@@ -224,9 +224,9 @@ def read_into(job: Job, tiles: NDArray[np.int32], place: int) -> ChunkRead:
     return ChunkRead(readable, clock.seconds(), slide.slow)
 
 
-@run_by(lambda job, *_: pool(job.readers).fetch)
-def fetch(job: Job, tiles: NDArray[np.int32]) -> dict[str, float]:
-    """Fetch the bytes under tiles (row, col), for reads that follow; the seconds it took, by stage."""
+@run_by(lambda job, tiles, threads: pool(threads).fetch)
+def fetch(job: Job, tiles: NDArray[np.int32], threads: int) -> dict[str, float]:
+    """Fetch the bytes under tiles (row, col), for reads that follow by `threads`; the seconds it took, by stage."""
     slide, spec, grid = tiled(job)
     clock = Clock()
     with counting(clock):

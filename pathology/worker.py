@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from pathology.models.checks import warm_up
 from pathology.models.halving import HalvingModel, QueuedHalvingModel, halving
 from pathology.models.pieces import piece_tiles
 from pathology.models.pool import pooled
-from pathology.plan import Plan, Region
+from pathology.plan import REGIONS_AT_ONCE, Plan, Region
 from pathology.predictor import Predict, Predictor, closed_at_end, predict_in_order
 from pathology.threads import Split, measure_model, split_threads
 from pathology.together import Handout, ReadingEnded
@@ -52,6 +52,7 @@ class _Kept:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.device_lock = threading.Lock()
+        self.canvases = threading.BoundedSemaphore(REGIONS_AT_ONCE)
         self.models: dict[tuple[object, ...], HalvingModel | QueuedHalvingModel] = {}
         self.predictors: dict[tuple[object, ...], Predictor] = {}
         self.threads = 0
@@ -139,6 +140,17 @@ def run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool 
     The jobs are of one of `together.groups`. Each takes tiles in a thread of its own and ends as it would by itself; where
     there is one only, its error is raised.
     """
+    with _canvases(jobs):
+        return _run_regions(jobs, indices, in_order)
+
+
+def _canvases(jobs: tuple[Job, ...]) -> AbstractContextManager[object]:
+    """Room for the canvases of a region of dense jobs, waited for: the plan lets each take its share of a worker's memory."""
+    dense = any(job_slide.spec_of(job).output_px > 1 for job in jobs)
+    return _kept.canvases if dense else nullcontext()
+
+
+def _run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool) -> tuple[int | Exception, ...]:
     if len(jobs) == 1:
         try:
             return (run_region(jobs[0], indices[0], in_order),)

@@ -1,6 +1,7 @@
 """How quick a model is on this machine: reading alone, the model alone, and both together as a run does them.
 
-Promise: nothing is written; the three are measured on the same tiles in one process, without start-up.
+Promise: nothing is written; the three are measured on the same tiles in one process, without start-up. Where a run would read
+with several processes, that is said.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathology import decide
 from pathology.batch_size import choose_batch
 from pathology.batches import ReadPool, read_tiles
 from pathology.clock import Clock, counting
-from pathology.cores import core_count
+from pathology.cores import core_count, reading_processes
 from pathology.errors import UsageError
 from pathology.infer import Again, infer_region
 from pathology.job import Job
@@ -119,6 +120,8 @@ def _exactly(job: Job, spec: ModelSpec) -> Iterator[Predict | None]:
 def lines(measured: Measured) -> Iterator[str]:
     """The measurement as a table for people."""
     yield f"{measured.tiles} tiles, {measured.readers} reader threads, {measured.threads} torch threads"
+    if (processes := reading_processes(core_count())) > 1:
+        yield f"in one process; a run reads with {processes} on these cores, and waits less"
     yield ""
     yield f"{'':<34}{'ms/tile':>10}{'tiles/s':>10}{'mm2/s':>10}"
     for name, each in (

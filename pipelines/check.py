@@ -142,7 +142,7 @@ def _verdict(
 ) -> Verdict:
     plan, spec = next((plan, spec) for plan, spec, other in together if other is job)
     stored = stored_bytes(spec, job.heatmap_dtype, plan.frame.shape, len(plan.tiles))
-    memory = run_bound(together, peak, job.readers or core_count())
+    memory = run_bound(together, peak, core_count())
     others = tuple(other.name for _, other, _ in together if other is not spec)
     return Verdict(entry, info, spec, plan, stored, memory, others)
 

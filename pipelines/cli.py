@@ -55,8 +55,8 @@ from_recipe = recipe_option(lambda: main.commands["run"])
     "--scheduler",
     default="processes",
     show_default=True,
-    help="sync, threads, processes (two for each device), or a Dask scheduler that runs: tls://HOST:PORT with certificates of "
-    "Dask's configuration, or tcp://127.0.0.1:PORT.",
+    help="sync, threads, processes (for each device one that infers, and readers), or a Dask scheduler that runs: "
+    "tls://HOST:PORT with certificates of Dask's configuration, or tcp://127.0.0.1:PORT.",
 )
 @click.option(
     "--dashboard", metavar="PORT", type=click.IntRange(0, 65535), help="Show Dask's dashboard on this port of 127.0.0.1."
@@ -147,9 +147,10 @@ def run(
     """
     stop = click.get_current_context().with_resource(stop_on_signals())
     if scheduler == "processes":
+        from pathology.cores import core_count, reading_processes
         from pathology.process import load_behind, prestart
 
-        prestart()
+        prestart(reading_processes(core_count()))
         # Here numpy only plans: more threads of its linear algebra would spin on cores that the processes start on.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         load_behind("pipelines.batch")

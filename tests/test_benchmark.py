@@ -17,10 +17,13 @@ from slides import smooth_pixels, write_tiff
 from benchmarks.measure import descendants, measure, pss
 from benchmarks.slides import SLIDES, Layout, build
 from pathology.readers import open_slide
+from pipelines import benchmark
 from pipelines.cli import main
 
 
-def test_it_measures_reading_the_model_and_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cores", [2, 16])
+def test_it_measures_reading_the_model_and_both(tmp_path: Path, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "core_count", lambda: cores)
     path = write_tiff(tmp_path / "s.svs", [smooth_pixels(400, 400)], compression="jpeg")
     options = [
         "--model",
@@ -35,6 +38,7 @@ def test_it_measures_reading_the_model_and_both(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["benchmark", *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "60 tiles" in done.output
+    assert ("a run reads with 4 on these cores" in done.output) == (cores == 16)
     for row in ("reading alone", "model alone", "roof", "pipeline, after start-up"):
         (line,) = (x for x in done.output.splitlines() if x.startswith(row))
         each, rate = (float(v) for v in line.split()[-3:-1])

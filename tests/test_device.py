@@ -19,6 +19,7 @@ from pathology.cores import (
     parse_cpu_max,
     parse_cpu_quota,
     parse_stat,
+    reading_processes,
 )
 from pathology.device import (
     TorchFacts,
@@ -33,6 +34,7 @@ from pathology.device import (
 )
 from pathology.errors import EnvironmentFault, UsageError
 from pathology.job import PRECISIONS, Precision
+from pathology.plan import regions_at_once
 
 CPU_TORCH = TorchFacts("2.13.0+cpu", cuda_build=False, cuda_count=0, mps=False)
 CUDA_TORCH = TorchFacts("2.13.0", cuda_build=True, cuda_count=2, mps=False)
@@ -301,6 +303,12 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("four_cores")
 def test_cores_are_what_affinity_and_cgroups_allow(tmp_path: Path, files: dict[str, str], cores: int) -> None:
     assert core_count(system(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(0, 1), (1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (32, 8), (256, 8)])
+def test_on_many_cores_several_processes_read(cores: int, processes: int) -> None:
+    assert reading_processes(cores) == processes
+    assert regions_at_once(cores) == max(2, processes)
 
 
 GIB = 1 << 30

@@ -1,4 +1,4 @@
-"""A pair of worker processes: what they answer, what the end of one means for its callers, and that none outlives them."""
+"""The worker processes of a device: what they answer, what the end of one means for callers, and that none outlives them."""
 
 from __future__ import annotations
 
@@ -275,6 +275,47 @@ def test_when_one_dies_the_other_is_replaced_as_well(pair: WorkerPair) -> None:
     after = {kind: pair.call(kind, os.getpid) for kind in MODULES}
     assert not set(middle.values()) & set(after.values())
     assert pair.call("device", filled, [1]) == [1]
+
+
+def readers() -> list[int]:
+    """In the process for a device: the processes that read for it."""
+    beside = neighbour()
+    assert beside is not None
+    return [reader.ask(os.getpid).result() for reader in beside.readers]
+
+
+def ask_the_last_reader(function: Call, *arguments: Any) -> Any:
+    """In the process for a device."""
+    beside = neighbour()
+    assert beside is not None
+    return beside.readers[-1].ask(function, *arguments).result()
+
+
+def test_further_processes_read_and_end_with_the_others() -> None:
+    with closing(WorkerPair({"SEEN": "yes"}, readers=3)) as pair:
+        before = pair.call("device", readers)
+        assert len(set(before)) == 3
+        assert before[0] == pair.call("slides", os.getpid)
+        assert pair.call("device", ask_the_last_reader, os.getenv, "SEEN") == "yes"
+        with pytest.raises(WorkerDied, match="for slides ended with code 134"):
+            pair.call("device", ask_the_last_reader, os._exit, 134)
+        after = pair.call("device", readers)
+        assert len(set(after) - set(before)) == 3
+        assert not any(map(psutil.pid_exists, before))
+    assert not any(map(psutil.pid_exists, after))
+
+
+@pytest.mark.fault("F25")
+def test_a_further_process_that_hangs_is_seen() -> None:
+    with closing(WorkerPair(readers=2)) as pair:
+        before = pair.call("device", readers)
+        assert pair.call("device", ask_the_last_reader, come_on, 0) == 0
+        pair._limits = Limits(read_s=1)  # from now on: they may load their libraries for as long as they like
+        with pytest.raises(WorkerDied) as caught:
+            pair.call("device", ask_the_last_reader, hang, "read")
+        assert caught.value.death is Death.READ
+        pair._limits = Limits()
+        assert not set(before) & set(pair.call("device", readers))
 
 
 def test_shared_blocks_are_taken_again_only_when_they_were_given_back() -> None:

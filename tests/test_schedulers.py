@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathology.errors import EnvironmentFault, ModelError, Reason, SlideError, U
 from pathology.finish import read_manifest
 from pathology.integrity import verify
 from pathology.outcome import Interrupted, Progress
-from pathology.plan import Region
+from pathology.plan import REGIONS_AT_ONCE, Region
 from pathology.result import open_heatmap
 from pathology.runner import run
 from pathology.schedule import open_tasks
@@ -159,6 +160,48 @@ def test_another_parameter_is_refused_with_the_difference(reference: Path, refer
     ):
         list(run([replace(reference_job, overlap=0)], "sync"))
     assert list(verify(reference)) == []
+
+
+def test_on_many_cores_several_processes_read_for_a_device(
+    reference_job: pathology.Job, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "core_count", lambda: 16)
+    others = set(psutil.Process().children())
+    with closing(open_tasks("processes")) as tasks:
+        assert tasks.slots() == 4
+        assert len(set(psutil.Process().children()) - others) == 1 + 4
+    job = replace(reference_job, out=str(tmp_path), model="pathology.testing:mean_colour?tile_px=32&mpp=0.5", readers=16)
+    (outcome,) = run([job], "processes")
+    (expected,) = run([replace(job, out=str(tmp_path / "in-order"))], "sync")
+    assert (outcome.status, expected.status) == ("ok", "ok")
+    manifests = [Path(o.job.result_folder("mean-colour"), "manifest.json").read_bytes() for o in (outcome, expected)]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize(("model", "at_once"), [("identity", REGIONS_AT_ONCE), ("mean_colour", 4)])
+def test_of_dense_regions_as_many_are_at_work_as_there_is_memory_for(
+    model: str, at_once: int, reference_job: pathology.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(reference_job, model=f"pathology.testing:{model}?tile_px=32&mpp=0.5")
+    at_work, most, lock, all_in = 0, 0, threading.Lock(), threading.Event()
+
+    def region(*_: object) -> tuple[int, ...]:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+            if at_work == at_once:
+                all_in.set()
+        assert all_in.wait(20)
+        time.sleep(0.1)  # for one too many to come in
+        with lock:
+            at_work -= 1
+        return (0,)
+
+    monkeypatch.setattr(worker, "_run_regions", region)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda index: worker.run_regions((job,), (index,)), range(4))) == [(0,)] * 4
+    assert most == at_once
 
 
 @pytest.mark.parametrize("scheduler", ["thread", "", "http://127.0.0.1:1"])

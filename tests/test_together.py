@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pathology import job_slide, slide_worker, worker
 from pathology.batches import chunk_tiles
+from pathology.calls import neighbour
 from pathology.clock import STAGES, Clock
 from pathology.errors import EnvironmentFault, Reason, SlideError
 from pathology.events import read_events
@@ -222,6 +223,28 @@ def test_the_neighbour_reads_once_for_all(slide: Path, tmp_path: Path) -> None:
         read = pair.call("slides", decodes) - before
         assert read == 8 * 10
         assert all(p.todo == () for p in pair.call("slides", slide_worker.prepare_all, jobs, jobs))
+
+
+def decodes_of_each_reader() -> list[int]:
+    """In the process for a device: `decodes` of those that read for it."""
+    beside = neighbour()
+    assert beside is not None
+    return [reader.ask(decodes).result() for reader in beside.readers]
+
+
+def test_a_region_is_read_by_one_process_and_regions_by_all(slide: Path, tmp_path: Path) -> None:
+    (job,) = jobs = tuple(jobs_of(slide, tmp_path / "out", MEAN, readers=4))
+    with closing(WorkerPair(readers=2)) as pair, ThreadPoolExecutor(2) as pool:
+        assert [len(p.todo) for p in pair.call("slides", slide_worker.prepare_all, jobs, jobs)] == [20]
+        first = pair.call("device", decodes_of_each_reader)
+        assert list(pool.map(lambda index: pair.call("device", worker.run_regions, jobs, (index,)), range(20))) == [(16,)] * 20
+        read = np.subtract(pair.call("device", decodes_of_each_reader), first).tolist()
+        assert sum(read) == 20 * 4
+        assert min(read) > 0
+        pair.call("slides", slide_worker.finish_slide, job)
+    (expected,) = jobs_of(slide, tmp_path / "expected", MEAN, readers=4)
+    assert ended([expected]) == {"mean-colour": ("ok", None)}
+    assert manifests(tmp_path / "out") == manifests(tmp_path / "expected")
 
 
 def stopped(jobs: Sequence[Job], regions: int) -> None:
