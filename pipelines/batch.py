@@ -105,7 +105,7 @@ def run_batch(
     room = Room(out, conduct.min_free)
     room.require()
     make_folders(out / ".work")
-    with closing(_Report(len(jobs), conduct.log_format)) as report:
+    with closing(_Report(len(jobs), conduct.log_format, settings.fast_decode)) as report:
         ids = list(dict.fromkeys(job.slide_id for job in jobs))
         names = [specs[ref].name for ref in models]
         emit(out, "run-begin", {"jobs": len(jobs), "slides": ids, "models": names, "device": device})
@@ -223,8 +223,9 @@ def _emit_kept(outcome: Outcome, model_name: str) -> None:
 class _Report:
     """What a person, or a log, sees of a run: a bar on a terminal, a line a slide, a line at the end."""
 
-    def __init__(self, jobs: int, log_format: Literal["text", "json"]) -> None:
+    def __init__(self, jobs: int, log_format: Literal["text", "json"], fast_decode: bool) -> None:
         self._jobs = jobs
+        self._fast_decode = fast_decode
         self._ended = 0
         self._reasons: Counter[str] = Counter()
         self._times: dict[object, list[dict[str, Any]]] = {}  # of what was computed in this run, by what was read for it
@@ -331,7 +332,7 @@ class _Report:
         say(f"{done} of {self._jobs} done, {failed} failed or partial, in {seconds:.1f} s: {out / 'summary.csv'}")
         for reason, count in self._reasons.most_common():
             say(f"{count} {reason}: {Reason(reason).meaning}; {Reason(reason).remedy}".replace("`", ""))
-        if line := bottleneck(stages, working_s, seconds * devices):
+        if line := bottleneck(stages, working_s, seconds * devices, self._fast_decode):
             say(line)
         say(NOTICE)
 

@@ -102,7 +102,7 @@ def benchmark(job: Job, most_tiles: int) -> Measured:
         readers=readers,
         threads=split.threads if on_cpu else 1,
         tile_mm2=len(plan.tiles) / tiles * (plan.grid.stride_px * plan.grid.mpp / 1000) ** 2,
-        bottleneck=bottleneck(clock.seconds(), seconds, seconds),
+        bottleneck=bottleneck(clock.seconds(), seconds, seconds, job.fast_decode),
     )
 
 

@@ -124,7 +124,9 @@ def test_the_bottleneck_is_the_stage_that_took_most(stage: str) -> None:
     stages = {**dict.fromkeys(STAGES, 1.0), "model": 9.0 if stage == "model" else 0.5}
     if stage != "model":
         stages[stage] = 3.0
-    line = bottleneck(stages, working_s=10.0, run_s=20.0)
+    line = bottleneck(stages, working_s=10.0, run_s=20.0, fast_decode=True)
     assert line.endswith(ADVICE[stage])
+    without = bottleneck(stages, working_s=10.0, run_s=20.0, fast_decode=False)
+    assert ("--fast-decode" in without) == (stage == "decode"), "no advice to do what is done"
     assert f"device busy {stages['model'] / 20:.0%}" in line
-    assert bottleneck(dict.fromkeys(STAGES, 0.0), 0.0, 5.0) == ""
+    assert bottleneck(dict.fromkeys(STAGES, 0.0), 0.0, 5.0, fast_decode=False) == ""

@@ -272,6 +272,16 @@ def test_fast_decoding_is_near_the_mean_and_not_it(ratio: float) -> None:
     assert np.abs(near.mean(axis=(0, 1)) - mean.mean(axis=(0, 1))).max() < 0.5
 
 
+def test_a_tile_that_ends_early_is_shown_with_fast_decoding_as_without(tmp_path: Path) -> None:
+    tiles = [as_rgb_jpeg(block) for block in blocks(noise_pixels(2 * TILE, 2 * TILE))]
+    tiles[1] = tiles[1][: len(tiles[1]) // 2]
+    path = aperio(tmp_path / "s.svs", tiles, (2 * TILE, 2 * TILE), 7)
+    with open_slide(path, fast_decode=True, reader="direct") as fast, open_slide(path, reader="direct") as exact:
+        shown, mean = (s.read_tile((0.0, float(TILE)), (TILE, TILE), (TILE // 2, TILE // 2)) for s in (fast, exact))
+        assert np.array_equal(shown, mean)
+        assert not np.array_equal(*(s.read_tile((0.0, 0.0), (TILE, TILE), (TILE // 2, TILE // 2)) for s in (fast, exact)))
+
+
 # --- which reader
 
 

@@ -137,13 +137,16 @@ class TileCodec:
         return self.compression == JPEG and self.samples == 3 and not self.header and factor in SCALED and whole
 
     def decode_scaled(self, data: Data, factor: int) -> Pixels:
-        """(height / factor, width / factor, 3) uint8 by JPEG's own scaled inverse DCT: near the mean. Raises Corrupt."""
+        """(height / factor, width / factor, 3) uint8 by JPEG's own scaled inverse DCT: near the mean. Raises Corrupt.
+
+        The mean itself of a tile that ends early: its decoder here refuses what the other one, like OpenSlide, shows.
+        """
         self._check(data)
         h, w = self.shape[0] // factor, self.shape[1] // factor
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(self._whole_jpeg(data), "RGB", min_height=h, min_width=w, min_factor=factor)
-        except ValueError as error:
-            raise Corrupt(str(error)) from error
+        except ValueError:
+            return self.decode_mean(data, factor)
         if pixels.shape != (h, w, 3):
             raise Corrupt(f"at 1/{factor} it is {pixels.shape[:2]} px, not {(h, w)}")
         return pixels
