@@ -133,7 +133,11 @@ class Work:
 
     def todo(self, plan: Plan, whole: bool = False) -> list[int]:
         """Indices of the regions that are not done, in order. `whole`: those with tiles that could not be read are not."""
-        return [r.index for r in plan.regions if not self._done(r) or (whole and self.marker(r.index)["bad_tiles"])]
+        return [r.index for r in plan.regions if not self.done(r, whole)]
+
+    def done(self, region: Region, whole: bool = False) -> bool:
+        """Whether a region is done, as `todo` sees it."""
+        return self._done(region) and not (whole and self.marker(region.index)["bad_tiles"])
 
     def stage(self, region: Region, rows: Iterable[NDArray[np.float32]]) -> Staged:
         """Write a region's bands, (C, h, W) float32 each, as they come."""

@@ -130,6 +130,8 @@ def _at_once(job: Job, spec: ModelSpec) -> int:
 
 def run_region(job: Job, index: int, in_order: bool = False) -> int:
     """Infer and stage one region; the number of tiles. `in_order`: in this thread alone, as the reference does it."""
+    if (tiles := _done_before(job, index)) is not None:
+        return tiles
     begun = _begin(job, index)
     return _infer(begun, _reading(begun, begun.clock, in_order), in_order)
 
@@ -161,7 +163,10 @@ def _run_regions(jobs: tuple[Job, ...], indices: tuple[int, ...], in_order: bool
     begun: dict[int, _Begun] = {}
     for place, (job, index) in enumerate(zip(jobs, indices, strict=True)):
         try:
-            begun[place] = _begin(job, index)
+            if (tiles := _done_before(job, index)) is not None:
+                ends[place] = tiles
+            else:
+                begun[place] = _begin(job, index)
         except Exception as error:
             ends[place] = error
     if begun:
@@ -186,6 +191,13 @@ class _Begun:
     clock: Clock
     began: float
     answered: dict[Job, Counter[int]]
+
+
+def _done_before(job: Job, index: int) -> int | None:
+    """The tiles of a region that is done, and asked for again since the process died before it could say so."""
+    work, plan = slide_worker.open_work(job, asked(job_slide.key_fields_of))
+    region = plan.regions[index]
+    return len(region.tiles) if work.done(region, whole=job.on_bad_tile == "fail") else None
 
 
 def _begin(job: Job, index: int) -> _Begun:

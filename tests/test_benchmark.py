@@ -42,7 +42,7 @@ def test_it_measures_reading_the_model_and_both(tmp_path: Path, cores: int, monk
     for row in ("reading alone", "model alone", "roof", "pipeline, after start-up"):
         (line,) = (x for x in done.output.splitlines() if x.startswith(row))
         each, rate = (float(v) for v in line.split()[-3:-1])
-        assert rate == pytest.approx(1000 / each, rel=0.05)
+        assert 1000 / rate == pytest.approx(each, abs=6e-4), "as far as it is printed"
 
 
 def test_a_slide_without_tissue_is_nothing_to_measure(tmp_path: Path) -> None:

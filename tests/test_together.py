@@ -208,6 +208,16 @@ def test_results_are_those_of_separate_runs(
     assert not list((both / ".work").glob("*/*/*/plan.json"))
 
 
+def test_a_region_that_is_done_is_not_computed_again(slide: Path, tmp_path: Path) -> None:
+    """As it is asked for where its worker died before it could answer."""
+    jobs = tuple(jobs_of(slide, tmp_path, MEAN, SAME))
+    assert [len(p.todo) for p in slide_worker.prepare_all(jobs, jobs) if isinstance(p, slide_worker.Prepared)] == [20, 20]
+    assert worker.run_regions(jobs[:1], (3,)) == worker.run_regions(jobs[:1], (3,)) == (16,)
+    assert worker.run_regions(jobs, (3, 3)) == worker.run_regions(jobs, (3, 3)) == (16, 16)
+    done = [(e["model"], e["region"]) for e in read_events(tmp_path) if e["event"] == "region-done"]
+    assert sorted(done) == [("constant", 3), ("mean-colour", 3)]
+
+
 def decodes() -> int:
     """Source tiles that this process decoded so far, of the slides that are open."""
     return sum(slide._reader.decodes for slide in job_slide._kept.slides.values())  # type: ignore[attr-defined]
