@@ -21,12 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.reading import MPP, TILE_PX
+from benchmarks.reading import chunks
 from benchmarks.run import slide, tiles
-from pathology.batches import chunk_tiles, read_chunk
-from pathology.grid import TileGrid
-from pathology.models import load_spec
-from pathology.readers import open_slide
 from pathology.readers.codecs import Data, Pixels, TileCodec
 
 SLIDE = "s40"
@@ -46,16 +42,11 @@ def asleep(codec: TileCodec, data: Iterable[Data], factor: int, fast: bool) -> l
 def read(part: int, parts: int, threads: int, together: Barrier) -> None:
     """Read the chunks of one of so many parts of the list."""
     TileCodec.decode_all = asleep  # type: ignore[method-assign,assignment]
-    opened, spec = open_slide(slide(SLIDE), reader="direct"), load_spec("benchmarks.models:classifier?network=tiny")
-    grid = TileGrid(opened.info.shape, opened.info.mpp, MPP, TILE_PX, TILE_PX)
-    places = np.rint(np.load(tiles(SLIDE)) / grid.l0_tile).astype(np.int32)
-    rows = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
-    count = chunk_tiles(TILE_PX)
-    chunks = [row[first : first + count] for row in rows for first in range(0, len(row), count)]
-    mine = np.array_split(np.arange(len(chunks)), parts)[part]
+    every = chunks(str(slide(SLIDE)), np.load(tiles(SLIDE)))
+    mine = every[part * len(every) // parts : (part + 1) * len(every) // parts]
     with ThreadPoolExecutor(threads) as pool:
         together.wait()
-        for _ in pool.map(lambda n: list(read_chunk(opened, spec, grid, chunks[n])), mine):
+        for _ in pool.map(lambda chunk: list(chunk()), mine):
             pass
     together.wait()
 

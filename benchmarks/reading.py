@@ -8,10 +8,11 @@ Prints a JSON object {tiles, wall_s, cpu_s, sum}: `sum` of all pixels, by which 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +54,10 @@ def with_pyvips(slide: str, corners: NDArray[np.int64]) -> Tiles:
 MPP_OF: dict[str, float] = {}
 
 
-def with_ours(slide: str, corners: NDArray[np.int64], fast: bool = False) -> Tiles:
-    """As the pipeline reads: rows of tiles by the chunk, in one thread."""
+def chunks(
+    slide: str, corners: NDArray[np.int64], fast: bool = False
+) -> list[Callable[[], Iterator[NDArray[np.uint8] | None]]]:
+    """As the pipeline reads: rows of tiles by the chunk. Each is read when it is called."""
     from pathology.batches import chunk_tiles, read_chunk
     from pathology.grid import TileGrid
     from pathology.models import load_spec
@@ -63,12 +66,20 @@ def with_ours(slide: str, corners: NDArray[np.int64], fast: bool = False) -> Til
     spec = load_spec("benchmarks.models:classifier?network=tiny")
     opened = open_slide(slide, reader="direct", fast_decode=fast)
     grid = TileGrid(opened.info.shape, opened.info.mpp, MPP, TILE_PX, TILE_PX)
-    tiles = np.rint(corners / grid.l0_tile).astype(np.int32)
-    for row in np.split(tiles, np.flatnonzero(np.diff(tiles[:, 0])) + 1):
-        for first in range(0, len(row), chunk_tiles(TILE_PX)):
-            for tile in read_chunk(opened, spec, grid, row[first : first + chunk_tiles(TILE_PX)]):
-                assert tile is not None
-                yield tile
+    tiles, count = np.rint(corners / grid.l0_tile).astype(np.int32), chunk_tiles(TILE_PX)
+    return [
+        functools.partial(read_chunk, opened, spec, grid, row[first : first + count])
+        for row in np.split(tiles, np.flatnonzero(np.diff(tiles[:, 0])) + 1)
+        for first in range(0, len(row), count)
+    ]
+
+
+def with_ours(slide: str, corners: NDArray[np.int64], fast: bool = False) -> Tiles:
+    """In one thread."""
+    for chunk in chunks(slide, corners, fast):
+        for tile in chunk():
+            assert tile is not None
+            yield tile
 
 
 def main() -> None:

@@ -22,11 +22,10 @@ FASTER = ", or --fast-decode where JPEG slides are read coarser than they are"
 def bottleneck(stages: Mapping[str, float], working_s: float, run_s: float, fast_decode: bool) -> str:
     """The slowest stage and what helps; "" where nothing was computed.
 
-    stages     seconds by stage, over all threads
-    working_s  seconds in which regions were worked on, summed over devices
-    run_s      seconds of the whole run, start and ends of slides included, likewise
-
-    fast_decode  it was on
+    stages       seconds by stage, over all threads
+    working_s    seconds in which regions were worked on, summed over devices
+    run_s        seconds of the whole run, start and ends of slides included, likewise
+    fast_decode  whether that was on
     """
     if not any(stages.values()):
         return ""
