@@ -474,7 +474,7 @@ def test_what_is_told_of_a_corrupt_tile_holds_no_pixels(monkeypatch: pytest.Monk
 
     held: list[weakref.ref[Room]] = []
 
-    def decode(self: TileCodec, data: bytes) -> Pixels:
+    def decode(self: TileCodec, data: bytes, *_: object) -> Pixels:
         room = Room()
         held.append(weakref.ref(room))
         raise Corrupt("it ends early")

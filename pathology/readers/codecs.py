@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import imagecodecs
@@ -36,6 +36,8 @@ DIFFERENCES = 2  # TIFF's Predictor: each sample is stored as the difference to 
 
 FRAME_BYTES = 10  # of a JPEG's frame header, up to the number of components
 END_OF_IMAGE = b"\xff\xd9"
+# How a JPEG begins whose colour space Adobe's mark names.
+ADOBE_RGB, ADOBE_YCBCR = (b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + space for space in (b"\x00", b"\x01"))
 SCALED = (2, 4, 8)  # factors at which libjpeg's inverse DCT can give a smaller picture
 
 # As plain numbers: from its enumeration imagecodecs takes a colour space in longer than from these.
@@ -81,25 +83,31 @@ class TileCodec:
     # What a tile that was found good begins with, up to the end of the size it claims: another that begins so claims the same.
     _seen: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
-    def decode_all(self, data: Iterable[Data], factor: int, fast: bool) -> list[Pixels | Corrupt]:
+    def decode_all(self, data: Sequence[Data], factor: int, fast: bool) -> list[Pixels | Corrupt]:
         """The tiles, reduced by `factor`: by `decode_scaled` where it is `fast` and can, else by `decode_mean`.
 
         In place of one that cannot be decoded the error, without its traceback, which holds the frames that decoded.
         """
         reduce = self.decode_scaled if fast and self.scales(factor) else self.decode_mean
         tiles: list[Pixels | Corrupt] = []
-        for tile in data:
+        for tile, room in zip(data, self._rooms(len(data), factor), strict=True):
             try:
-                tiles.append(self.decode(tile) if factor == 1 else reduce(tile, factor))
+                tiles.append(self.decode(tile, room) if factor == 1 else reduce(tile, factor, room))
             except Corrupt as error:
                 tiles.append(Corrupt(str(error)))
         return tiles
 
-    def decode(self, data: Data) -> Pixels:
-        """(height, width, 3) uint8 RGB of a tile. Raises Corrupt."""
+    def _rooms(self, count: int, factor: int) -> Iterable[Pixels | None]:
+        """Room for the pixels of so many tiles, made at once; None for those whose decoder does not write where it is told."""
+        if self.compression != JPEG or self.samples != 3:
+            return [None] * count
+        return empty_pixels((count, self.shape[0] // factor, self.shape[1] // factor, 3))
+
+    def decode(self, data: Data, room: Pixels | None = None) -> Pixels:
+        """(height, width, 3) uint8 RGB of a tile, in `room` where its decoder can write there. Raises Corrupt."""
         self._check(data)
         if self.compression == JPEG and self.samples == 3:
-            return self._jpeg(data, OF_THREE, empty_pixels((*self.shape, 3)))
+            return self._jpeg(data, OF_THREE, empty_pixels((*self.shape, 3)) if room is None else room)
         try:
             pixels = np.asarray(DECODERS[self.compression](self, bytes(data)))
         except (RuntimeError, ValueError) as error:  # each codec of imagecodecs has a RuntimeError of its own
@@ -113,8 +121,8 @@ class TileCodec:
         grey = pixels.reshape(*self.shape, 1)
         return np.repeat(255 - grey if self.photometric == WHITE_IS_ZERO else grey, 3, axis=2)
 
-    def decode_mean(self, data: Data, factor: int) -> Pixels:
-        """(height / factor, width / factor, 3) uint8: means of factor x factor pixels, rounded once. Raises Corrupt."""
+    def decode_mean(self, data: Data, factor: int, room: Pixels | None = None) -> Pixels:
+        """(height / factor, width / factor, 3) uint8: means of factor x factor pixels, rounded once. As `decode`."""
         h, w = self.shape
         if self.compression == JPEG and self.samples == 3:
             # Four bytes a pixel are what Pillow computes on, so it takes them where they lie (three it would copy), and what
@@ -123,7 +131,9 @@ class TileCodec:
             four = self._jpeg(data, OF_FOUR, _four_bytes(self.shape))
             if factor == 2 and cv2 is not None:
                 # Into arrays that are there: OpenCV takes a third of the time more where it makes its own.
-                half, pixels = _four_bytes((h // 2, w // 2)), np.empty((h // 2, w // 2, 3), np.uint8)
+                half, pixels = _four_bytes((h // 2, w // 2)), room
+                if pixels is None:
+                    pixels = np.empty((h // 2, w // 2, 3), np.uint8)
                 smaller = cv2.resize(four, (w // 2, h // 2), dst=half, interpolation=cv2.INTER_AREA)
                 return np.asarray(cv2.cvtColor(smaller, cv2.COLOR_RGBA2RGB, dst=pixels))
             image = Image.frombuffer("RGBX", (w, h), four, "raw", "RGBX", 0, 1)
@@ -136,17 +146,21 @@ class TileCodec:
         whole = self.shape[0] % factor == self.shape[1] % factor == 0
         return self.compression == JPEG and self.samples == 3 and not self.header and factor in SCALED and whole
 
-    def decode_scaled(self, data: Data, factor: int) -> Pixels:
-        """(height / factor, width / factor, 3) uint8 by JPEG's own scaled inverse DCT: near the mean. Raises Corrupt.
+    def decode_scaled(self, data: Data, factor: int, room: Pixels | None = None) -> Pixels:
+        """(height / factor, width / factor, 3) uint8 by JPEG's own scaled inverse DCT: near the mean. As `decode`.
 
         The mean itself of a tile that ends early: its decoder here refuses what the other one, like OpenSlide, shows.
         """
         self._check(data)
         h, w = self.shape[0] // factor, self.shape[1] // factor
+        if room is None:
+            room = empty_pixels((h, w, 3))
         try:
-            pixels: Pixels = simplejpeg.decode_jpeg(self._whole_jpeg(data), "RGB", min_height=h, min_width=w, min_factor=factor)
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                self._whole_jpeg(data), "RGB", min_height=h, min_width=w, min_factor=factor, buffer=room
+            )
         except ValueError:
-            return self.decode_mean(data, factor)
+            return self.decode_mean(data, factor, room)
         if pixels.shape != (h, w, 3):
             raise Corrupt(f"at 1/{factor} it is {pixels.shape[:2]} px, not {(h, w)}")
         return pixels
@@ -192,8 +206,7 @@ class TileCodec:
         at = 2
         while data[at : at + 2] == b"\xff\xe0":  # JFIF's mark would overrule Adobe's
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x01" if self.photometric == YCBCR else b"\x00")
-        return b"".join((b"\xff\xd8", adobe, self.tables[2:-2], data[at:]))
+        return b"".join((ADOBE_YCBCR if self.photometric == YCBCR else ADOBE_RGB, self.tables[2:-2], data[at:]))
 
 
 def _four_bytes(shape: tuple[int, int]) -> Pixels:
@@ -206,8 +219,9 @@ def _four_bytes(shape: tuple[int, int]) -> Pixels:
     return kept[shape]
 
 
-def empty_pixels(shape: tuple[int, int, int]) -> Pixels:
-    """Room for a tile, (height, width, samples) uint8, whose rows begin at no multiple of 32 bytes if its width is one of 8 px.
+def empty_pixels(shape: tuple[int, ...]) -> Pixels:
+    """Room for tiles, (..., height, width, samples) uint8, whose rows begin at no multiple of 32 bytes if those of a tile are
+    multiples of 8 bytes long.
 
     Where they do, libjpeg-turbo writes them past the processor's caches, and whoever reads them next waits for memory: a tenth
     to a quarter of the time of decoding.
