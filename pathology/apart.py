@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from pathology.calls import Calls, WorkerDied, answer_calls
+from pathology.calls import Calls, WorkerDied, answer_calls, leave_stopping_to_the_caller
 from pathology.errors import PathologyError, Reason, SlideError
 
 # A file system that is asleep may take long to answer; a reader that hangs takes for ever.
@@ -138,7 +138,6 @@ class _Process:
 
 def serve(socket: str) -> None:
     """Work on the calls that come over `socket`, one at a time, until its other end is closed or its holder is dead."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the caller decides when to stop, and takes this process along
+    leave_stopping_to_the_caller()
     answer_calls(Connection(int(socket)), ThreadPoolExecutor(1))
     os._exit(0)  # nobody waits for what still runs

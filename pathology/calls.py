@@ -9,6 +9,7 @@ import itertools
 import mmap
 import os
 import pickle
+import signal
 import socket
 import threading
 import traceback
@@ -27,6 +28,9 @@ if TYPE_CHECKING:  # processes are started with this, and load it while they run
     from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# What asks a command to stop: people, schedulers of clusters, and a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Death(Enum):
@@ -140,6 +144,12 @@ def answer_calls(connection: Connection, threads: Executor) -> None:
             number, function, arguments = connection.recv()
             chosen = getattr(function, "threads", None)
             (chosen(*arguments) if chosen else threads).submit(work, number, function, arguments)
+
+
+def leave_stopping_to_the_caller() -> None:
+    """Ignore STOP_SIGNALS, which may be sent to all processes of a command: its first one decides, and takes this one along."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run_by(threads: Callable[..., Executor]) -> Callable[[F], F]:

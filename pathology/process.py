@@ -11,7 +11,6 @@ import gc
 import importlib
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +24,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from pathology.calls import Calls, Death, Neighbour, SharedMemory, WorkerDied, answer_calls, set_neighbour, shared_file
+from pathology.calls import (
+    Calls,
+    Death,
+    Neighbour,
+    SharedMemory,
+    WorkerDied,
+    answer_calls,
+    leave_stopping_to_the_caller,
+    set_neighbour,
+    shared_file,
+)
 from pathology.errors import first_line
 from pathology.heap import give_back
 from pathology.pulse import beat, show_in
@@ -325,8 +334,7 @@ def serve(kind: Kind, socket: str, links: str, memory: str, pulse: str, page: st
     show_in(int(pulse), int(page))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the caller decides when to stop, and takes this process along
+    leave_stopping_to_the_caller()
     first, *others = MODULES[kind]
     loaded, behind = threading.Event(), kind == "slides"
     threading.Thread(target=_load, args=(first, loaded, behind), daemon=True).start()

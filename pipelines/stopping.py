@@ -10,20 +10,24 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+from pathology.calls import STOP_SIGNALS
 
 INTERRUPTED = 75
 
 # Schedulers of clusters kill 30 s after they have asked, some sooner; people lose patience at 10.
 END_S = 9.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DROPPED = "pathology: the run was stopped, and what did not end by itself was dropped: run the same command again to go on"
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """An event set by the first of SIGNALS; a second SIGINT ends the process at once, and so does time, with exit code 75."""
+    """An event set by the first of STOP_SIGNALS; a second SIGINT ends the process at once, and so does time, with exit code 75.
+
+    Not by a SIGHUP that is ignored already: who starts a command by `nohup` wants it to outlive the terminal.
+    """
     stop, left = threading.Event(), threading.Event()
     asked: list[int] = []
 
@@ -38,12 +42,14 @@ def stop_on_signals() -> Iterator[threading.Event]:
         stop.wait()
         if not left.wait(END_S):
             # A region may run in this very process, in a call that nothing interrupts.
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{DROPPED}\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{DROPPED}\n".encode())
             os._exit(INTERRUPTED)
 
     old: dict[signal.Signals, Callable[..., object] | int | None] = {}
     if threading.current_thread() is threading.main_thread():
-        old = {number: signal.signal(number, ask) for number in SIGNALS}
+        hung_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        old = {number: signal.signal(number, ask) for number in STOP_SIGNALS if number != signal.SIGHUP or hung_up}
         threading.Thread(target=end, name="stop", daemon=True).start()
     try:
         yield stop

@@ -57,16 +57,24 @@ class Command:
 
 
 @contextmanager
-def command(*arguments: object, **environment: str) -> Iterator[Command]:
-    """`pathology` with `arguments`; killed where it is left before it has ended."""
+def command(
+    *arguments: object, terminal: int | None = None, begin: Callable[[], None] | None = None, **environment: str
+) -> Iterator[Command]:
+    """`pathology` with `arguments`; killed where it is left before it has ended.
+
+    terminal  descriptor of what it reads from and prints to; else its output is kept for `communicate`
+    begin     called in it before anything else
+    """
     mark = f"RUN_MARK={uuid.uuid4().hex}"
     name, _, value = mark.partition("=")
     with subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
+        stdin=terminal,
+        stdout=subprocess.PIPE if terminal is None else terminal,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
+        start_new_session=begin is None,
+        preexec_fn=begin,
         env={**os.environ, **environment, name: value},
     ) as process:
         try:

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from pathology import pulse
-from pathology.calls import Calls, Death, SharedMemory, WorkerDied, neighbour, shared_file
+from pathology.calls import STOP_SIGNALS, Calls, Death, SharedMemory, WorkerDied, neighbour, shared_file
 from pathology.errors import Reason, SlideError
 from pathology.process import BEHIND, MODULES, Kind, WorkerPair, load_behind
 from pathology.pulse import beat, under_way
@@ -178,7 +178,7 @@ def test_a_death_ends_all_calls_and_the_next_call_finds_a_new_process(call: Call
 
 def test_signals_for_the_whole_job_are_left_to_the_caller(call: Call) -> None:
     pid = call(os.getpid)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         os.kill(pid, number)
     assert call(os.getpid) == pid
 

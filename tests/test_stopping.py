@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import termios
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from pathology.finish import MANIFEST
 from tests.crashing import POISON
 
 MODEL = "tests.crashing:stuck"
-TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+TERM, USR1, INT, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +67,8 @@ def ends_as_undisturbed(slide: Path, out: Path, scheduler: str, whole: bytes) ->
 
 @pytest.mark.fault("F04")
 @pytest.mark.parametrize(
-    ("scheduler", "number"), [("processes", TERM), ("processes", USR1), ("processes", INT), ("threads", TERM), ("sync", USR1)]
+    ("scheduler", "number"),
+    [("processes", TERM), ("processes", USR1), ("processes", INT), ("processes", HUP), ("threads", TERM), ("sync", USR1)],
 )
 def test_a_region_that_takes_longer_than_a_stop_may_is_dropped(
     scheduler: str, number: signal.Signals, slide: Path, whole: bytes, tmp_path: Path
@@ -83,6 +87,33 @@ def test_a_region_that_takes_longer_than_a_stop_may_is_dropped(
     if scheduler != "sync":  # whose only thread is the one that is stuck
         assert [event["why"] for event in read_events(out) if event["event"] == "run-end"] != [""]
     ends_as_undisturbed(slide, out, scheduler, whole)
+
+
+@pytest.mark.fault("F04")
+@pytest.mark.parametrize(("by_nohup", "code"), [(False, 75), (True, 0)])
+def test_the_terminal_is_closed(by_nohup: bool, code: int, slide: Path, whole: bytes, tmp_path: Path) -> None:
+    """Without `nohup` it is asked to stop; with it, it goes on, and nobody sees what it prints."""
+    out, flag = tmp_path / "out", tmp_path / "stuck"
+    ours, theirs = os.openpty()
+
+    def begin() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        signal.signal(HUP, signal.SIG_IGN if by_nohup else signal.SIG_DFL)
+
+    stuck_s = "5" if by_nohup else "100"
+    with command(
+        *arguments(slide, out, "processes"), terminal=theirs, begin=begin, STUCK_S=stuck_s, STUCK_FLAG=str(flag)
+    ) as running:
+        os.close(theirs)
+        running.wait(flag.exists)
+        os.close(ours)
+        assert running.process.wait(timeout=60) == code
+        assert running.all_gone()
+    if not by_nohup:
+        assert [event["why"] for event in read_events(out) if event["event"] == "run-end"] != [""]
+        ends_as_undisturbed(slide, out, "processes", whole)
+    assert manifest(out) == whole
 
 
 @pytest.mark.fault("F06")
