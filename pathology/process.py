@@ -82,7 +82,7 @@ REST_S = 0.1
 OOM_SCORE = "500"
 
 
-class WorkerPair:
+class WorkerProcesses:
     """The processes of one device, one that infers and `readers` for slides, of which all but the first do nothing but read.
     When one ends the others are ended too, and the next call finds new ones.
 
@@ -250,7 +250,7 @@ _prestarted: list[_Started] = []
 
 
 def prestart(readers: int = 1) -> None:
-    """Start processes now, `readers` of them for slides, which the first `WorkerPair` takes."""
+    """Start processes now, `readers` of them for slides, which the first `WorkerProcesses` takes."""
     _prestarted.append(_Started(readers))
 
 

@@ -23,7 +23,7 @@ from pathology.calls import WorkerDied
 from pathology.cores import core_count, reading_processes
 from pathology.errors import EnvironmentFault, UsageError, one_line
 from pathology.plan import REGIONS_AT_ONCE, regions_at_once
-from pathology.process import Kind, WorkerPair, load_behind
+from pathology.process import Kind, WorkerProcesses, load_behind
 from pathology.watch import Limits
 
 # Tasks for slides at once in a worker: one begins while another ends.
@@ -99,15 +99,15 @@ class OnDask:
 
     in_order = False
 
-    def __init__(self, client: Any, own_cluster: Any = None, pairs: Sequence[WorkerPair] = (), regions: int = 0) -> None:
+    def __init__(self, client: Any, own_cluster: Any = None, own: Sequence[WorkerProcesses] = (), regions: int = 0) -> None:
         from distributed import KilledWorker
 
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
-        self.apart = bool(pairs)
+        self.apart = bool(own)
         self._client = client
         self._cluster = own_cluster
-        self._pairs = pairs
-        self._regions = regions  # at once for each pair
+        self._own = own
+        self._regions = regions  # at once for each of them
         self._deaths: tuple[type[BaseException], ...] = (KilledWorker, WorkerDied)
         self._futures: dict[object, Any] = {}
         self._lost = False
@@ -131,7 +131,7 @@ class OnDask:
             # Of a time in which this process itself stood still nothing counts.
             last, passed = (now := time.monotonic()), min(now - last, LOST_S / 30)
             waiting = list(self._futures)
-            idle_s = idle_s + passed if waiting and not any(pair.busy for pair in self._pairs) else 0.0
+            idle_s = idle_s + passed if waiting and not any(each.busy for each in self._own) else 0.0
             if idle_s <= LOST_S:
                 continue
             lost = EnvironmentFault(
@@ -160,15 +160,15 @@ class OnDask:
 
     def slots(self) -> int:
         if self.apart:
-            return len(self._pairs) * self._regions
+            return len(self._own) * self._regions
         threads: dict[str, int] = self._client.nthreads()
         return max(1, sum(threads.values()))
 
     def close(self) -> None:
         self._closed.set()
         # What is done is on disk, and what is not may be cut off anywhere: ending workers in good order only takes time.
-        for pair in self._pairs:
-            pair.close()
+        for each in self._own:
+            each.close()
         with suppress(TimeoutError):
             self._client.close(timeout=1)
             if self._cluster is not None:
@@ -249,11 +249,11 @@ def _in_process(kind: Kind, function: Callable[..., Any], *arguments: Any) -> An
     from distributed import get_worker
 
     worker: Any = get_worker
-    return worker().plugins[OWN_PROCESSES].pair.call(kind, function, *arguments)
+    return worker().plugins[OWN_PROCESSES].own.call(kind, function, *arguments)
 
 
-def _plugin(pair: WorkerPair) -> Any:
-    """What ties `pair` to a Dask worker."""
+def _plugin(own: WorkerProcesses) -> Any:
+    """What ties `own` to a Dask worker."""
     from distributed import WorkerPlugin
 
     base: Any = WorkerPlugin
@@ -262,7 +262,7 @@ def _plugin(pair: WorkerPair) -> Any:
         name = OWN_PROCESSES
 
         def __init__(self) -> None:
-            self.pair = pair
+            self.own = own
 
     return OwnProcesses()
 
@@ -297,16 +297,16 @@ def _local(processes: bool, devices: int, dashboard: str | None, limits: Limits 
     scheduler = {"cls": Scheduler, "options": {"protocol": "inproc://", **shown}}
     options: dict[str, Any] = {"protocol": "inproc://", "nthreads": REGIONS_AT_ONCE, "memory_limit": 0, **quiet}
     workers: dict[int, dict[str, Any]] = {0: {"cls": Worker, "options": options}}
-    pairs: list[WorkerPair] = []
+    own: list[WorkerProcesses] = []
     cores = core_count() // devices
     slots: dict[Kind, int] = {"device": regions_at_once(cores), "slides": SLIDES_AT_ONCE}
     if processes:
         for device in range(devices):
             visible = {"CUDA_VISIBLE_DEVICES": str(device)} if devices > 1 else {}
-            pairs.append(WorkerPair(visible, limits, reading_processes(cores)))
-            more = {"nthreads": sum(slots.values()), "resources": slots, "plugins": [_plugin(pairs[device])]}
+            own.append(WorkerProcesses(visible, limits, reading_processes(cores)))
+            more = {"nthreads": sum(slots.values()), "resources": slots, "plugins": [_plugin(own[device])]}
             workers[device] = {"cls": Worker, "options": {**options, **more}}
     make_cluster: Callable[..., Any] = SpecCluster
     make_client: Callable[..., Any] = Client
     cluster = make_cluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
-    return OnDask(make_client(cluster, set_as_default=False), cluster, pairs, slots["device"])
+    return OnDask(make_client(cluster, set_as_default=False), cluster, own, slots["device"])

@@ -26,7 +26,7 @@ import pytest
 from pathology import pulse
 from pathology.calls import STOP_SIGNALS, Calls, Death, SharedMemory, WorkerDied, neighbour, shared_file
 from pathology.errors import Reason, SlideError
-from pathology.process import BEHIND, MODULES, Kind, WorkerPair, load_behind
+from pathology.process import BEHIND, MODULES, Kind, WorkerProcesses, load_behind
 from pathology.pulse import beat, under_way
 from pathology.watch import Limits
 
@@ -36,15 +36,15 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def pair() -> Iterator[WorkerPair]:
-    with closing(WorkerPair()) as started:
+def own() -> Iterator[WorkerProcesses]:
+    with closing(WorkerProcesses()) as started:
         yield started
 
 
 @pytest.fixture
-def call(pair: WorkerPair) -> Call:
+def call(own: WorkerProcesses) -> Call:
     """Call in the process for slides."""
-    return partial(pair.call, "slides")
+    return partial(own.call, "slides")
 
 
 def loaded(*names: str) -> list[str]:
@@ -100,12 +100,12 @@ def test_calls_are_answered_by_another_process(call: Call) -> None:
     assert call(divmod, 7, 2) == (3, 1)
 
 
-def test_calls_run_side_by_side(pair: WorkerPair, call: Call) -> None:
+def test_calls_run_side_by_side(own: WorkerProcesses, call: Call) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(call, time.sleep, 30)
         assert pool.submit(call, int, "7").result(timeout=20) == 7
         assert not first.done()
-        pair.close()
+        own.close()
         assert isinstance(first.exception(timeout=5), WorkerDied)
 
 
@@ -114,8 +114,8 @@ def test_the_process_for_slides_loads_no_torch(call: Call) -> None:
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_garbage_is_looked_for_once_all_is_loaded(pair: WorkerPair, kind: Kind) -> None:
-    assert pair.call(kind, garbage_is_looked_for, MODULES[kind][0]) == (True, True)
+def test_garbage_is_looked_for_once_all_is_loaded(own: WorkerProcesses, kind: Kind) -> None:
+    assert own.call(kind, garbage_is_looked_for, MODULES[kind][0]) == (True, True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
@@ -123,8 +123,8 @@ class TestLoadedBehind:
     """What is loaded while torch is on its way leaves it the cores, and nothing that works later is held back."""
 
     @pytest.mark.parametrize("kind", MODULES)
-    def test_once_all_is_loaded_every_thread_is_as_before(self, pair: WorkerPair, kind: Kind) -> None:
-        assert pair.call(kind, priorities, MODULES[kind][0]) == {os.getpriority(os.PRIO_PROCESS, 0)}
+    def test_once_all_is_loaded_every_thread_is_as_before(self, own: WorkerProcesses, kind: Kind) -> None:
+        assert own.call(kind, priorities, MODULES[kind][0]) == {os.getpriority(os.PRIO_PROCESS, 0)}
 
     def test_a_module_is_loaded_with_less_claim(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "loaded_behind.py").write_text("import os\nfound = os.getpriority(os.PRIO_PROCESS, 0)\n")
@@ -184,8 +184,8 @@ def test_signals_for_the_whole_job_are_left_to_the_caller(call: Call) -> None:
 
 
 def test_the_environment_is_there_again_after_a_death() -> None:
-    with closing(WorkerPair({"SEEN": "yes"})) as pair:
-        call = partial(pair.call, "slides")
+    with closing(WorkerProcesses({"SEEN": "yes"})) as own:
+        call = partial(own.call, "slides")
         assert call(os.getenv, "SEEN") == "yes"
         assert call(os.getenv, "OMP_NUM_THREADS") == "1"
         with pytest.raises(WorkerDied):
@@ -196,13 +196,13 @@ def test_the_environment_is_there_again_after_a_death() -> None:
 def test_one_that_cannot_load_its_libraries_ends_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('failed to map segment from shared object')")
     monkeypatch.syspath_prepend(tmp_path)
-    with closing(WorkerPair()) as pair, pytest.raises(WorkerDied, match="for a device ended with code 1"):
-        pair.call("device", time.sleep, 60)
+    with closing(WorkerProcesses()) as own, pytest.raises(WorkerDied, match="for a device ended with code 1"):
+        own.call("device", time.sleep, 60)
 
 
-def test_a_closed_pair_takes_no_calls(pair: WorkerPair, call: Call) -> None:
+def test_closed_ones_take_no_calls(own: WorkerProcesses, call: Call) -> None:
     pid = call(os.getpid)
-    pair.close()
+    own.close()
     with pytest.raises(WorkerDied):
         call(int, "7")
     assert not psutil.pid_exists(pid)
@@ -210,10 +210,10 @@ def test_a_closed_pair_takes_no_calls(pair: WorkerPair, call: Call) -> None:
 
 CALLER = """
 import os, threading, time
-from pathology.process import WorkerPair
-pair = WorkerPair()
-print(pair.call("slides", os.getpid), pair.call("device", os.getpid), flush=True)
-threading.Thread(target=pair.call, args=("device", time.sleep, 60)).start()
+from pathology.process import WorkerProcesses
+own = WorkerProcesses()
+print(own.call("slides", os.getpid), own.call("device", os.getpid), flush=True)
+threading.Thread(target=own.call, args=("device", time.sleep, 60)).start()
 time.sleep(60)
 """
 
@@ -259,22 +259,22 @@ def end_of_the_neighbour() -> None:
     beside.calls.ask(os._exit, 134).result()
 
 
-def test_the_pair_shares_memory(pair: WorkerPair) -> None:
-    assert pair.call("device", filled, [7, 0, 255]) == [7, 0, 255]
+def test_they_share_memory(own: WorkerProcesses) -> None:
+    assert own.call("device", filled, [7, 0, 255]) == [7, 0, 255]
 
 
-def test_when_one_dies_the_other_is_replaced_as_well(pair: WorkerPair) -> None:
-    before = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+def test_when_one_dies_the_other_is_replaced_as_well(own: WorkerProcesses) -> None:
+    before = {kind: own.call(kind, os.getpid) for kind in MODULES}
     with pytest.raises(WorkerDied):
-        pair.call("slides", os._exit, 134)
-    middle = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+        own.call("slides", os._exit, 134)
+    middle = {kind: own.call(kind, os.getpid) for kind in MODULES}
     assert not set(before.values()) & set(middle.values())
     # Here it is the neighbour that tells, and the caller may not have heard of it otherwise.
     with pytest.raises(WorkerDied):
-        pair.call("device", end_of_the_neighbour)
-    after = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+        own.call("device", end_of_the_neighbour)
+    after = {kind: own.call(kind, os.getpid) for kind in MODULES}
     assert not set(middle.values()) & set(after.values())
-    assert pair.call("device", filled, [1]) == [1]
+    assert own.call("device", filled, [1]) == [1]
 
 
 def readers() -> list[int]:
@@ -292,14 +292,14 @@ def ask_the_last_reader(function: Call, *arguments: Any) -> Any:
 
 
 def test_further_processes_read_and_end_with_the_others() -> None:
-    with closing(WorkerPair({"SEEN": "yes"}, readers=3)) as pair:
-        before = pair.call("device", readers)
+    with closing(WorkerProcesses({"SEEN": "yes"}, readers=3)) as own:
+        before = own.call("device", readers)
         assert len(set(before)) == 3
-        assert before[0] == pair.call("slides", os.getpid)
-        assert pair.call("device", ask_the_last_reader, os.getenv, "SEEN") == "yes"
+        assert before[0] == own.call("slides", os.getpid)
+        assert own.call("device", ask_the_last_reader, os.getenv, "SEEN") == "yes"
         with pytest.raises(WorkerDied, match="for slides ended with code 134"):
-            pair.call("device", ask_the_last_reader, os._exit, 134)
-        after = pair.call("device", readers)
+            own.call("device", ask_the_last_reader, os._exit, 134)
+        after = own.call("device", readers)
         assert len(set(after) - set(before)) == 3
         assert not any(map(psutil.pid_exists, before))
     assert not any(map(psutil.pid_exists, after))
@@ -307,15 +307,15 @@ def test_further_processes_read_and_end_with_the_others() -> None:
 
 @pytest.mark.fault("F25")
 def test_a_further_process_that_hangs_is_seen() -> None:
-    with closing(WorkerPair(readers=2)) as pair:
-        before = pair.call("device", readers)
-        assert pair.call("device", ask_the_last_reader, come_on, 0) == 0
-        pair._limits = Limits(read_s=1)  # from now on: they may load their libraries for as long as they like
+    with closing(WorkerProcesses(readers=2)) as own:
+        before = own.call("device", readers)
+        assert own.call("device", ask_the_last_reader, come_on, 0) == 0
+        own._limits = Limits(read_s=1)  # from now on: they may load their libraries for as long as they like
         with pytest.raises(WorkerDied) as caught:
-            pair.call("device", ask_the_last_reader, hang, "read")
+            own.call("device", ask_the_last_reader, hang, "read")
         assert caught.value.death is Death.READ
-        pair._limits = Limits()
-        assert not set(before) & set(pair.call("device", readers))
+        own._limits = Limits()
+        assert not set(before) & set(own.call("device", readers))
 
 
 def test_shared_blocks_are_taken_again_only_when_they_were_given_back() -> None:
@@ -344,8 +344,8 @@ def cancelled_and_asked_again() -> int:
     return number
 
 
-def test_a_call_that_was_given_up_keeps_no_other_waiting(pair: WorkerPair) -> None:
-    assert pair.call("device", cancelled_and_asked_again) == 7
+def test_a_call_that_was_given_up_keeps_no_other_waiting(own: WorkerProcesses) -> None:
+    assert own.call("device", cancelled_and_asked_again) == 7
 
 
 def hang(kind: pulse.Kind) -> None:
@@ -375,8 +375,8 @@ def take(count: int) -> None:
     time.sleep(600)
 
 
-def pid_of(pair: WorkerPair) -> int:
-    number: int = pair.call("slides", os.getpid)
+def pid_of(own: WorkerProcesses) -> int:
+    number: int = own.call("slides", os.getpid)
     return number
 
 
@@ -391,46 +391,46 @@ def pid_of(pair: WorkerPair) -> int:
     ids=["read", "write", "still"],
 )
 def test_a_process_that_hangs_is_ended_and_replaced(
-    pair: WorkerPair, kind: Kind, call: tuple[Any, ...], limits: Limits, death: Death
+    own: WorkerProcesses, kind: Kind, call: tuple[Any, ...], limits: Limits, death: Death
 ) -> None:
-    before = {kind: pair.call(kind, os.getpid) for kind in MODULES}
-    assert pair.call(kind, come_on, 0) == 0
-    pair._limits = limits  # from now on: they may load their libraries, and this file, for as long as they like
+    before = {kind: own.call(kind, os.getpid) for kind in MODULES}
+    assert own.call(kind, come_on, 0) == 0
+    own._limits = limits  # from now on: they may load their libraries, and this file, for as long as they like
     with ThreadPoolExecutor() as pool:
-        beside = pool.submit(pair.call, "slides" if kind == "device" else "device", time.sleep, 600)
+        beside = pool.submit(own.call, "slides" if kind == "device" else "device", time.sleep, 600)
         with pytest.raises(WorkerDied) as caught:
-            pair.call(kind, *call)
+            own.call(kind, *call)
         told = beside.exception(timeout=20)
     assert caught.value.death is death
     assert isinstance(told, WorkerDied)
     assert (told.death, str(told)) == (death, str(caught.value))
-    pair._limits = Limits()
-    assert pair.call(kind, os.getpid) not in before.values()
+    own._limits = Limits()
+    assert own.call(kind, os.getpid) not in before.values()
 
 
-def test_what_comes_on_is_not_ended_however_long_it_takes(pair: WorkerPair) -> None:
-    pid = pid_of(pair)
-    assert pair.call("slides", come_on, 0) == 0
-    pair._limits = Limits(read_s=3, region_s=3)
-    assert pair.call("slides", come_on, 60) == 60
-    pair._limits = Limits()
-    assert pid_of(pair) == pid
+def test_what_comes_on_is_not_ended_however_long_it_takes(own: WorkerProcesses) -> None:
+    pid = pid_of(own)
+    assert own.call("slides", come_on, 0) == 0
+    own._limits = Limits(read_s=3, region_s=3)
+    assert own.call("slides", come_on, 60) == 60
+    own._limits = Limits()
+    assert pid_of(own) == pid
 
 
 @pytest.mark.fault("F21")
-def test_a_process_that_takes_too_much_memory_is_ended(pair: WorkerPair) -> None:
-    pid_of(pair)
-    pair._limits = Limits(memory_bytes=2**30)
+def test_a_process_that_takes_too_much_memory_is_ended(own: WorkerProcesses) -> None:
+    pid_of(own)
+    own._limits = Limits(memory_bytes=2**30)
     with pytest.raises(WorkerDied, match=r"held 1\.\d GB of memory, more than the 1\.1 GB that it may") as caught:
-        pair.call("slides", take, 2**32)
+        own.call("slides", take, 2**32)
     assert caught.value.death is Death.MEMORY
 
 
 @pytest.mark.parametrize(("number", "death"), [(signal.SIGKILL, Death.KILL), (signal.SIGSEGV, Death.CRASH)])
-def test_a_killed_process_is_told_from_one_that_crashed(pair: WorkerPair, number: int, death: Death) -> None:
-    pids = {kind: pair.call(kind, os.getpid) for kind in MODULES}
+def test_a_killed_process_is_told_from_one_that_crashed(own: WorkerProcesses, number: int, death: Death) -> None:
+    pids = {kind: own.call(kind, os.getpid) for kind in MODULES}
     with ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(pair.call, kind, time.sleep, 600) for kind in MODULES]
+        waiting = [pool.submit(own.call, kind, time.sleep, 600) for kind in MODULES]
         time.sleep(0.2)
         os.kill(pids["slides"], number)
         told = [call.exception(timeout=20) for call in waiting]
@@ -466,8 +466,8 @@ def own_bytes(process: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's store of freed memory")
-def test_a_process_that_infers_gives_freed_memory_back_while_nothing_is_asked(pair: WorkerPair) -> None:
-    process, held = pair.call("device", taken_and_let_go, 16)
+def test_a_process_that_infers_gives_freed_memory_back_while_nothing_is_asked(own: WorkerProcesses) -> None:
+    process, held = own.call("device", taken_and_let_go, 16)
     until = time.monotonic() + 30
     while own_bytes(process) > held - 10 * 2**24 and time.monotonic() < until:
         time.sleep(0.05)

@@ -300,7 +300,7 @@ def test_a_value_lost_with_its_worker_is_waited_for_again_and_a_death_is_a_death
 
 
 class Idle:
-    """A pair of processes that nothing ever reaches."""
+    """Processes that nothing ever reaches."""
 
     busy = False
 
@@ -323,7 +323,7 @@ class Deaf:
 
 def test_tasks_that_reach_no_process_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "LOST_S", 0.5)
-    tasks = schedule.OnDask(Deaf(), pairs=[Idle()])  # type: ignore[list-item]
+    tasks = schedule.OnDask(Deaf(), own=[Idle()])  # type: ignore[list-item]
     tasks.submit("first", len)
     tasks.submit("second", len)
     told = [tasks.done.get(timeout=20) for _ in range(2)]

@@ -33,7 +33,7 @@ from pathology.model import ReadRule
 from pathology.models import load_spec
 from pathology.outcome import Interrupted, Progress
 from pathology.plan import CANVAS_SHARE, choose_block, cut
-from pathology.process import WorkerPair
+from pathology.process import WorkerProcesses
 from pathology.readers.direct import DirectReader
 from pathology.runner import run
 from pathology.slide import Slide
@@ -225,14 +225,14 @@ def decodes() -> int:
 
 def test_the_neighbour_reads_once_for_all(slide: Path, tmp_path: Path) -> None:
     jobs = tuple(jobs_of(slide, tmp_path / "out", MEAN, SAME, DENSE))
-    with closing(WorkerPair()) as pair:
-        assert [len(p.todo) for p in pair.call("slides", slide_worker.prepare_all, jobs, jobs)] == [20] * 3
-        before = pair.call("slides", decodes)
+    with closing(WorkerProcesses()) as own:
+        assert [len(p.todo) for p in own.call("slides", slide_worker.prepare_all, jobs, jobs)] == [20] * 3
+        before = own.call("slides", decodes)
         for index in range(20):
-            assert pair.call("device", worker.run_regions, jobs, (index,) * 3) == (16, 16, 16)
-        read = pair.call("slides", decodes) - before
+            assert own.call("device", worker.run_regions, jobs, (index,) * 3) == (16, 16, 16)
+        read = own.call("slides", decodes) - before
         assert read == 8 * 10
-        assert all(p.todo == () for p in pair.call("slides", slide_worker.prepare_all, jobs, jobs))
+        assert all(p.todo == () for p in own.call("slides", slide_worker.prepare_all, jobs, jobs))
 
 
 def decodes_of_each_reader() -> list[int]:
@@ -244,14 +244,14 @@ def decodes_of_each_reader() -> list[int]:
 
 def test_a_region_is_read_by_one_process_and_regions_by_all(slide: Path, tmp_path: Path) -> None:
     (job,) = jobs = tuple(jobs_of(slide, tmp_path / "out", MEAN, readers=4))
-    with closing(WorkerPair(readers=2)) as pair, ThreadPoolExecutor(2) as pool:
-        assert [len(p.todo) for p in pair.call("slides", slide_worker.prepare_all, jobs, jobs)] == [20]
-        first = pair.call("device", decodes_of_each_reader)
-        assert list(pool.map(lambda index: pair.call("device", worker.run_regions, jobs, (index,)), range(20))) == [(16,)] * 20
-        read = np.subtract(pair.call("device", decodes_of_each_reader), first).tolist()
+    with closing(WorkerProcesses(readers=2)) as own, ThreadPoolExecutor(2) as pool:
+        assert [len(p.todo) for p in own.call("slides", slide_worker.prepare_all, jobs, jobs)] == [20]
+        first = own.call("device", decodes_of_each_reader)
+        assert list(pool.map(lambda index: own.call("device", worker.run_regions, jobs, (index,)), range(20))) == [(16,)] * 20
+        read = np.subtract(own.call("device", decodes_of_each_reader), first).tolist()
         assert sum(read) == 20 * 4
         assert min(read) > 0
-        pair.call("slides", slide_worker.finish_slide, job)
+        own.call("slides", slide_worker.finish_slide, job)
     (expected,) = jobs_of(slide, tmp_path / "expected", MEAN, readers=4)
     assert ended([expected]) == {"mean-colour": ("ok", None)}
     assert manifests(tmp_path / "out") == manifests(tmp_path / "expected")
