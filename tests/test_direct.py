@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from pathology.errors import Reason, SlideError
 from pathology.geometry import Box
 from pathology.grid import TileGrid
 from pathology.readers import direct, open_slide
-from pathology.readers.codecs import VECTOR_BYTES, Corrupt, TileCodec, empty_pixels, ycbcr_to_rgb
+from pathology.readers.codecs import MADE_AT_ONCE, VECTOR_BYTES, Corrupt, TileCodec, empty_pixels, ycbcr_to_rgb
 from pathology.readers.direct import GAP_BYTES, LARGEST_READ, DirectReader, merged
 from pathology.readers.tile_cache import TileCache
 from pathology.slide import Slide
@@ -258,6 +259,22 @@ def test_rows_of_tiles_begin_off_the_places_that_are_written_past_the_caches() -
         assert pixels.shape == shape
         assert pixels.flags.c_contiguous
         assert all(row.ctypes.data % VECTOR_BYTES for row in pixels)
+
+
+@pytest.mark.parametrize(("factor", "fast"), [(1, False), (2, False), (2, True)])
+def test_a_tile_of_many_keeps_the_memory_of_few(factor: int, fast: bool) -> None:
+    data = as_rgb_jpeg(noise_pixels(64, 64))
+    (alone,) = codec().decode_all([data], factor, fast)
+    tracemalloc.start()
+    try:
+        tiles = codec().decode_all([data] * 5 * MADE_AT_ONCE, factor, fast)
+        assert all(np.array_equal(tile, alone) for tile in tiles)  # type: ignore[arg-type]
+        (last,) = tiles[-1:]
+        del tiles
+        assert isinstance(last, np.ndarray)
+        assert tracemalloc.get_traced_memory()[0] < (MADE_AT_ONCE + 2) * last.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 3.1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import imagecodecs
@@ -47,6 +47,8 @@ GREY, OF_THREE, OF_FOUR = (
 SPACES = {RGB: OF_THREE, YCBCR: int(imagecodecs.JPEG8.CS.YCbCr), WHITE_IS_ZERO: GREY, BLACK_IS_ZERO: GREY}
 
 SHAPES_KEPT = 4
+# Tiles whose memory is one: no more, since all of it is kept as long as any of them is.
+MADE_AT_ONCE = 8
 # What libjpeg-turbo writes at a time, and where in it pixels begin; rows are multiples of 8 bytes, and so begin off it too.
 VECTOR_BYTES, OFF_VECTOR = 32, 4
 
@@ -97,11 +99,13 @@ class TileCodec:
                 tiles.append(Corrupt(str(error)))
         return tiles
 
-    def _rooms(self, count: int, factor: int) -> Iterable[Pixels | None]:
-        """Room for the pixels of so many tiles, made at once; None for those whose decoder does not write where it is told."""
+    def _rooms(self, count: int, factor: int) -> Iterator[Pixels | None]:
+        """Room for the pixels of so many tiles, several made at once; None for those that are not written where it is told."""
         if self.compression != JPEG or self.samples != 3:
-            return [None] * count
-        return empty_pixels((count, self.shape[0] // factor, self.shape[1] // factor, 3))
+            yield from [None] * count
+            return
+        for first in range(0, count, MADE_AT_ONCE):
+            yield from empty_pixels((min(MADE_AT_ONCE, count - first), self.shape[0] // factor, self.shape[1] // factor, 3))
 
     def decode(self, data: Data, room: Pixels | None = None) -> Pixels:
         """(height, width, 3) uint8 RGB of a tile, in `room` where its decoder can write there. Raises Corrupt."""
