@@ -48,8 +48,8 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     old: dict[signal.Signals, Callable[..., object] | int | None] = {}
     if threading.current_thread() is threading.main_thread():
-        hung_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-        old = {number: signal.signal(number, ask) for number in STOP_SIGNALS if number != signal.SIGHUP or hung_up}
+        by_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        old = {number: signal.signal(number, ask) for number in STOP_SIGNALS if not (number == signal.SIGHUP and by_nohup)}
         threading.Thread(target=end, name="stop", daemon=True).start()
     try:
         yield stop

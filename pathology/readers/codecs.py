@@ -105,13 +105,16 @@ class TileCodec:
             yield from [None] * count
             return
         for first in range(0, count, MADE_AT_ONCE):
-            yield from empty_pixels((min(MADE_AT_ONCE, count - first), self.shape[0] // factor, self.shape[1] // factor, 3))
+            yield from self._room(factor, min(MADE_AT_ONCE, count - first))
+
+    def _room(self, factor: int = 1, *count: int) -> Pixels:
+        return empty_pixels((*count, self.shape[0] // factor, self.shape[1] // factor, 3))
 
     def decode(self, data: Data, room: Pixels | None = None) -> Pixels:
         """(height, width, 3) uint8 RGB of a tile, in `room` where its decoder can write there. Raises Corrupt."""
         self._check(data)
         if self.compression == JPEG and self.samples == 3:
-            return self._jpeg(data, OF_THREE, empty_pixels((*self.shape, 3)) if room is None else room)
+            return self._jpeg(data, OF_THREE, self._room() if room is None else room)
         try:
             pixels = np.asarray(DECODERS[self.compression](self, bytes(data)))
         except (RuntimeError, ValueError) as error:  # each codec of imagecodecs has a RuntimeError of its own
@@ -135,11 +138,9 @@ class TileCodec:
             four = self._jpeg(data, OF_FOUR, _four_bytes(self.shape))
             if factor == 2 and cv2 is not None:
                 # Into arrays that are there: OpenCV takes a third of the time more where it makes its own.
-                half, pixels = _four_bytes((h // 2, w // 2)), room
-                if pixels is None:
-                    pixels = np.empty((h // 2, w // 2, 3), np.uint8)
+                half = _four_bytes((h // 2, w // 2))
                 smaller = cv2.resize(four, (w // 2, h // 2), dst=half, interpolation=cv2.INTER_AREA)
-                return np.asarray(cv2.cvtColor(smaller, cv2.COLOR_RGBA2RGB, dst=pixels))
+                return np.asarray(cv2.cvtColor(smaller, cv2.COLOR_RGBA2RGB, dst=self._room(2) if room is None else room))
             image = Image.frombuffer("RGBX", (w, h), four, "raw", "RGBX", 0, 1)
         else:
             image = Image.fromarray(self.decode(data))
@@ -157,8 +158,7 @@ class TileCodec:
         """
         self._check(data)
         h, w = self.shape[0] // factor, self.shape[1] // factor
-        if room is None:
-            room = empty_pixels((h, w, 3))
+        room = self._room(factor) if room is None else room
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(
                 self._whole_jpeg(data), "RGB", min_height=h, min_width=w, min_factor=factor, buffer=room
