@@ -63,6 +63,7 @@ ORDER = [
     "pathology.models.trust",
     "pathology.models.pieces",
     "pathology.models.fold",
+    "pathology.models.packed",
     "pathology.models.stained",
     "pathology.models.objects",
     "pathology.models.network",

@@ -25,7 +25,8 @@ from pathology.model import Model, ModelSpec
 from pathology.models.checks import made_up_batch
 from pathology.models.fold import folded
 from pathology.models.objects import Form, log_odds, object_rows
-from pathology.models.pieces import Crew, piece_tiles, twin
+from pathology.models.packed import packed
+from pathology.models.pieces import Crew, piece_tiles, twin, usual_batch
 from pathology.models.stained import Stainer
 from pathology.stain import PARAMETERS
 
@@ -82,6 +83,9 @@ class TorchNetwork:
             halve(self._network, self._dtype)
         elif not self._scripted:
             self._network = folded(self._network, self._made_up())
+            if self.device.type == "cpu" and not compile:
+                at_once = piece_tiles(usual_batch(spec.input_px), spec.input_px)
+                self._network = packed(self._network, self._made_up(), at_once)
         self._alone = compile or keeps_state(self._network)
         self._compiling = compile
         if compile:
@@ -113,7 +117,11 @@ class TorchNetwork:
                 colours = None if stains is None else torch.from_numpy(stains).to(self.device)
                 return _array(self.scores(torch.from_numpy(tiles).to(self.device), colours).cpu())
         size = piece_tiles(len(tiles), self.spec.input_px)
-        return self._in_pieces(tiles, stains, size if self._same_in_any_place(size) else 1)
+        if size > 1 and size not in self._steady:
+            scores = self._try_places(size, tiles, stains)
+            if scores is not None:
+                return scores
+        return self._in_pieces(tiles, stains, size if self._steady.get(size, True) else 1)
 
     def _in_pieces(self, tiles: NDArray[np.uint8], stains: NDArray[np.float32] | None, size: int) -> NDArray[np.float32]:
         import torch
@@ -130,22 +138,26 @@ class TorchNetwork:
         self._crew.run(compute, firsts, self._alone)
         return scores
 
-    def _same_in_any_place(self, size: int) -> bool:
-        """Whether a tile has the same bits wherever it lies in a piece of so many: tried once, with tiles in reversed order.
+    def _try_places(
+        self, size: int, given: NDArray[np.uint8], its_stains: NDArray[np.float32] | None
+    ) -> NDArray[np.float32] | None:
+        """Find out whether a tile has the same bits wherever it lies in a piece of `size`: by made-up tiles in two orders.
 
         The processor computes sigmoid, SiLU and their like for many numbers at once, and otherwise for the few left at an
-        array's end, which belong to the last tiles. Also True for a network that does not take a tile by itself.
+        array's end, which belong to the last tiles. Taken for the same: a network that does not take a tile by itself.
+
+        Returns the scores of `given`, if it is what was made up: as it is by who warms the network up.
         """
-        if size > 1 and size not in self._steady:
-            tiles, stains = made_up_batch(self.spec, size * thread_count())  # the stains of all are the same
-            scores = self._in_pieces(tiles, stains, size)
-            self._steady[size] = scores[::-1].tobytes() == self._in_pieces(tiles[::-1].copy(), stains, size).tobytes()
-            if not self._steady[size]:
-                try:
-                    self._in_pieces(tiles[:1], None if stains is None else stains[:1], 1)
-                except Exception:  # exported for batches of one size
-                    self._steady[size] = True
-        return size == 1 or self._steady[size]
+        tiles, stains = made_up_batch(self.spec, size * thread_count())  # the stains of all are the same
+        scores = self._in_pieces(tiles, stains, size)
+        self._steady[size] = scores[::-1].tobytes() == self._in_pieces(tiles[::-1].copy(), stains, size).tobytes()
+        if not self._steady[size]:
+            try:
+                self._in_pieces(tiles[:1], None if stains is None else stains[:1], 1)
+            except Exception:  # exported for batches of one size
+                self._steady[size] = True
+        same = np.array_equal(given, tiles) and (its_stains is None or stains is None or np.array_equal(its_stains, stains))
+        return scores if same and self._steady[size] else None
 
     def pool(self, spec: ModelSpec) -> None:
         """Answer maps of `spec.output_px` from now on: means over squares of the network's own pixels, taken on the device."""
