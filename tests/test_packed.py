@@ -80,6 +80,19 @@ def test_what_is_no_number_is_passed_on() -> None:
     assert int(theirs.isnan().sum()) == int(answer.isnan().sum()) == 9 * 8
 
 
+def test_what_is_packed_does_not_depend_on_how_many_threads_torch_has() -> None:
+    before = torch.get_num_threads()
+    network, found = ready(networks.resnet50()), set()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.add(count_packed(packed(network, tiles(1), 8)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 class One(nn.Module):
     """A convolution, and what a forward may do with it."""
 

@@ -28,20 +28,30 @@ def packed(network: torch.nn.Module, tiles: torch.Tensor, at_once: int) -> torch
     available: Any = torch.backends.mkldnn.is_available
     if not available():
         return network
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # by their number torch decides which it computes itself: what is packed must not depend on it
     try:
-        changed = twin(network)
-        found = _Found(at_once / len(tiles))
-        hooks = [module.register_forward_hook(found.try_one) for module in changed.modules() if _can_be_packed(module)]
-        with torch.inference_mode():
-            before = changed(tiles)
-            for hook in hooks:
-                hook.remove()
-            for module, weights in found.packed.items():
-                _pack(module, weights)
-            same = torch.equal(before, changed(tiles))
+        changed = _packed(network, tiles, at_once / len(tiles))
     except Exception:  # a forward that decides by values, or anything else of its author's: not for packing
         return network
-    return changed if same else network
+    finally:
+        torch.set_num_threads(threads)
+    return changed
+
+
+def _packed(network: torch.nn.Module, tiles: torch.Tensor, times: float) -> torch.nn.Module:
+    import torch
+
+    changed = twin(network)
+    found = _Found(times)
+    hooks = [module.register_forward_hook(found.try_one) for module in changed.modules() if _can_be_packed(module)]
+    with torch.inference_mode():
+        before = changed(tiles)
+        for hook in hooks:
+            hook.remove()
+        for module, weights in found.packed.items():
+            _pack(module, weights)
+        return changed if torch.equal(before, changed(tiles)) else network
 
 
 class _Found:
