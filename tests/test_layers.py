@@ -64,6 +64,7 @@ ORDER = [
     "pathology.models.pieces",
     "pathology.models.fold",
     "pathology.models.packed",
+    "pathology.models.winograd",
     "pathology.models.stained",
     "pathology.models.objects",
     "pathology.models.network",

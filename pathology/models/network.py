@@ -28,6 +28,7 @@ from pathology.models.objects import Form, log_odds, object_rows
 from pathology.models.packed import packed
 from pathology.models.pieces import Crew, piece_tiles, twin, usual_batch
 from pathology.models.stained import Stainer
+from pathology.models.winograd import quicker
 from pathology.stain import PARAMETERS
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class TorchNetwork:
             self._network = folded(self._network, self._made_up())
             if self.device.type == "cpu" and not compile:
                 at_once = piece_tiles(usual_batch(spec.input_px), spec.input_px)
-                self._network = packed(self._network, self._made_up(), at_once)
+                self._network = packed(quicker(self._network, self._made_up(), at_once), self._made_up(), at_once)
         self._alone = compile or keeps_state(self._network)
         self._compiling = compile
         if compile:

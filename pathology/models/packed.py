@@ -44,7 +44,7 @@ def _packed(network: torch.nn.Module, tiles: torch.Tensor, times: float) -> torc
 
     changed = twin(network)
     found = _Found(times)
-    hooks = [module.register_forward_hook(found.try_one) for module in changed.modules() if _can_be_packed(module)]
+    hooks = [module.register_forward_hook(found.try_one) for module in changed.modules() if is_plain(module)]
     with torch.inference_mode():
         before = changed(tiles)
         for hook in hooks:
@@ -82,7 +82,7 @@ def _convolved(module: Any, weights: torch.Tensor, given: torch.Tensor) -> torch
     return answer
 
 
-def _can_be_packed(module: torch.nn.Module) -> bool:
+def is_plain(module: torch.nn.Module) -> bool:
     """Whether it is a convolution that does nothing more than its class says, and that nobody listens to."""
     import torch
 
