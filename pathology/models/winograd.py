@@ -63,9 +63,12 @@ def quicker(network: torch.nn.Module, tiles: torch.Tensor, at_once: int) -> torc
 
 def _fits(module: Any) -> bool:
     """Whether it is a convolution that gains from it, as far as its weights tell."""
-    if not is_plain(module) or min(module.in_channels, module.out_channels) < CHANNELS:
-        return False
-    how = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+    return is_plain(module) and min(module.in_channels, module.out_channels) >= CHANNELS and _fits_in_shape(module)
+
+
+def _fits_in_shape(convolution: Any) -> bool:
+    """Whether it does what is computed here: a forward may have set it otherwise since."""
+    how = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     return how == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
@@ -86,14 +89,14 @@ def _replace(convolution: Any, squares: int) -> None:
     once = torch.tensor(WEIGHTS, dtype=torch.float64)
     # (9, K * C): the weights of every pair of channels.
     weights = convolution.weight.detach().permute(2, 3, 0, 1).reshape(9, -1).double()
-    matrices = (torch.kron(once, once) @ weights).float().view(16, convolution.out_channels, convolution.in_channels)
-    for at, matrix in enumerate(matrices):
+    for at, shares in enumerate(torch.kron(once, once)):
+        matrix = (shares @ weights).float().view(convolution.out_channels, convolution.in_channels)
         convolution.register_buffer(f"matrix{at}", torch.ops.mkldnn._reorder_linear_weight(matrix, squares))
     convolution.__class__ = _kind()
 
 
 def _convolved(pictures: torch.Tensor, matrices: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-    """(N, C, H, W), 16 packed matrices and (K,) -> (N, K, H, W), channels last."""
+    """(N, C, H, W), 16 packed matrices and (K,) -> (N, H, W, K)."""
     import torch
 
     count, channels, height, width = pictures.shape
@@ -115,7 +118,7 @@ def _convolved(pictures: torch.Tensor, matrices: Sequence[torch.Tensor], bias: t
     answers = padded.new_empty(count, down, 2, across, 2, columns[0][0].shape[-1])
     for row in range(2):
         _gather([column[row] for column in columns], [answers[:, :, row, :, column] for column in range(2)])
-    return answers.view(count, 2 * down, 2 * across, -1)[:, :height, :width].permute(0, 3, 1, 2)
+    return answers.view(count, 2 * down, 2 * across, -1)[:, :height, :width].contiguous()
 
 
 def _spread(given: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
@@ -153,9 +156,11 @@ def _kind() -> type[torch.nn.Module]:
         """A convolution of 3 x 3 px, computed in squares."""
 
         def forward(self, input: torch.Tensor) -> torch.Tensor:
+            if not len(input) or not _fits_in_shape(self):
+                return super().forward(input)
             matrices = list(self.buffers())
             parts = torch.split(input, _pictures(len(input), input.shape[2], input.shape[3]))
             answers = [_convolved(part, matrices, self.bias) for part in parts]
-            return answers[0] if len(answers) == 1 else torch.cat(answers)
+            return (answers[0] if len(answers) == 1 else torch.cat(answers)).permute(0, 3, 1, 2)
 
     return Winograd
