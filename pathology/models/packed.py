@@ -25,14 +25,11 @@ def packed(network: torch.nn.Module, tiles: torch.Tensor, at_once: int) -> torch
     """
     import torch
 
-    available: Any = torch.backends.mkldnn.is_available
-    if not available():
-        return network
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # by their number torch decides which it computes itself: what is packed must not depend on it
     try:
         changed = _packed(network, tiles, at_once / len(tiles))
-    except Exception:  # a forward that decides by values, or anything else of its author's: not for packing
+    except Exception:  # a torch without oneDNN, a forward that decides by values, anything else of its author's
         return network
     finally:
         torch.set_num_threads(threads)

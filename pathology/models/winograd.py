@@ -38,8 +38,7 @@ def quicker(network: torch.nn.Module, tiles: torch.Tensor, at_once: int) -> torc
     """
     import torch
 
-    available: Any = torch.backends.mkldnn.is_available
-    if not available() or not any(_fits(module) for module in network.modules()):
+    if not any(_fits(module) for module in network.modules()):
         return network
     try:
         changed = twin(network)
@@ -57,7 +56,7 @@ def quicker(network: torch.nn.Module, tiles: torch.Tensor, at_once: int) -> torc
             for module, side in chosen.items():
                 _replace(module, _pictures(at_once, *side) * _squares(*side))
             return changed if chosen and alike(before, changed(tiles)) else network
-    except Exception:  # a forward that decides by values, or anything else of its author's: left as it is
+    except Exception:  # a torch without oneDNN, a forward that decides by values, anything else of its author's
         return network
 
 
